@@ -1,0 +1,131 @@
+"""Numbers in nats that carry their error, their kind and the side they bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Bound", "Estimate", "Kind", "UnitEstimates"]
+
+
+class Kind(IntEnum):
+    """What a number rests on, from strongest to weakest.
+
+    * ``EXACT``: enumeration or algebra.
+    * ``NUMERICAL``: quadrature, with an error estimate.
+    * ``CERTIFIED``: a stochastic bound that holds with the stated confidence by E[Ẑ] = Z alone.
+    * ``ESTIMATED``: a Monte Carlo estimate with its standard error.
+    * ``CONDITIONAL``: holds if the chains it starts from reached the posterior.
+    """
+
+    EXACT = 0
+    NUMERICAL = 1
+    CERTIFIED = 2
+    ESTIMATED = 3
+    CONDITIONAL = 4
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A one-sided bound on a total, in nats.
+
+    Attributes:
+        value: the bound.
+        side: ``"lower"`` or ``"upper"``.
+        kind: what it rests on.
+        confidence: the probability with which a stochastic bound holds.
+    """
+
+    value: float
+    side: Literal["lower", "upper"]
+    kind: Kind
+    confidence: float
+
+    def __str__(self) -> str:
+        sign = "≥" if self.side == "lower" else "≤"
+        return f"{sign} {self.value:.3f} ({self.confidence:.0%}, {self.kind})"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A total over units with its errors, in nats.
+
+    Attributes:
+        value: the total.
+        mc_error: standard error from our own random numbers (for quadrature, its error estimate).
+        num_units: the number of units summed.
+        kind: what the value rests on.
+        sampling_error: standard error from which units were held out, paired by unit; ``None``
+            where the units are the whole population of interest.
+    """
+
+    value: float
+    mc_error: float
+    num_units: int
+    kind: Kind
+    sampling_error: float | None = None
+
+    @property
+    def per_unit(self) -> Estimate:
+        """The mean over units, with the errors scaled alike."""
+        scale = 1.0 / self.num_units
+        sampling = None if self.sampling_error is None else self.sampling_error * scale
+        return replace(
+            self, value=self.value * scale, mc_error=self.mc_error * scale, sampling_error=sampling
+        )
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.mc_error:.3f}"
+
+
+@dataclass(frozen=True)
+class UnitEstimates:
+    """One number per unit with its Monte Carlo standard error, in nats.
+
+    Attributes:
+        values: shape ``(unit,)``.
+        mc_errors: standard errors, shape ``(unit,)``; independent between units.
+        kind: the weakest kind among the numbers that entered.
+    """
+
+    values: Tensor
+    mc_errors: Tensor
+    kind: Kind
+
+    @property
+    def num_units(self) -> int:
+        """The number of units."""
+        return self.values.shape[0]
+
+    def total(self) -> Estimate:
+        """The sum over units; errors add in quadrature, except numerical ones, which add up."""
+        values, errors = self.values.double(), self.mc_errors.double()
+        error = errors.sum() if self.kind <= Kind.NUMERICAL else errors.square().sum().sqrt()
+        return Estimate(float(values.sum()), float(error), self.num_units, self.kind)
+
+    def heldout_total(self) -> Estimate:
+        """The sum over held-out units, with the error from which units were held out.
+
+        The standard error is √n · sd(values): differences of two models on the same units
+        are paired before they come here.
+        """
+        values = self.values.double()
+        n = self.num_units
+        error = math.sqrt(n) * float(values.std()) if n > 1 else math.inf
+        return replace(self.total(), sampling_error=error)
+
+    def __sub__(self, other: UnitEstimates) -> UnitEstimates:
+        """Difference of two estimates made from independent random numbers."""
+        return UnitEstimates(
+            values=self.values - other.values,
+            mc_errors=torch.hypot(self.mc_errors, other.mc_errors),
+            kind=max(self.kind, other.kind),
+        )

@@ -1,0 +1,66 @@
+"""The data a user hands over, as a list of batches of call arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pyro_vharm.errors import InputError
+
+__all__ = ["Batch", "Data", "as_batches"]
+
+type Data = tuple[Any, ...] | Mapping[str, Any] | Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one call of model and guide."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def as_batches(data: Data, name: str = "data") -> list[Batch]:
+    """Read data as batches: a tuple is positional arguments, a Mapping keyword arguments.
+
+    Anything else is an iterable of batches, each a tuple, list, Mapping or Tensor. It is passed
+    over once and kept, so that every later use sees the same units in the same order, also when
+    it is a generator or a shuffled loader.
+
+    Raises:
+        InputError: for a bare Tensor, no batch, an entry of another type, or an empty tensor.
+    """
+    if isinstance(data, Tensor):
+        raise InputError(
+            f"{name} is a bare Tensor of shape {tuple(data.shape)}; write ({name},) to pass it as "
+            f"the one argument of the model, or list({name}.split(100)) to pass batches"
+        )
+    if isinstance(data, tuple | Mapping):
+        batches = [_as_batch(data, name)]
+    elif isinstance(data, Iterable):
+        batches = [_as_batch(entry, f"{name}[{i}]") for i, entry in enumerate(data)]
+    else:
+        raise InputError(
+            f"{name} must be a tuple, a Mapping or an iterable of batches, not {type(data)}"
+        )
+    if not batches:
+        raise InputError(f"{name} has no batches; was a generator used up before?")
+    return batches
+
+
+def _as_batch(entry: Any, name: str) -> Batch:
+    if isinstance(entry, Tensor):
+        entry = (entry,)
+    if isinstance(entry, Mapping):
+        batch = Batch(kwargs=dict(entry))
+    elif isinstance(entry, tuple | list):
+        batch = Batch(args=tuple(entry))
+    else:
+        raise InputError(f"{name} must be a tuple, list, Mapping or Tensor, not {type(entry)}")
+    for key, value in [*enumerate(batch.args), *batch.kwargs.items()]:
+        if isinstance(value, Tensor) and value.numel() == 0:
+            raise InputError(f"{name}[{key!r}] is an empty tensor of shape {tuple(value.shape)}")
+    return batch

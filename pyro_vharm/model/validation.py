@@ -1,0 +1,192 @@
+"""Checks made once, before any long work: what a model and guide must satisfy, in the user's words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_vharm.errors import InputError
+from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.tracing import (
+    FixedSites,
+    is_point_mass,
+    latent_sites,
+    observed_sites,
+    site_log_prob,
+    trace_particles,
+)
+
+__all__ = [
+    "check_deterministic",
+    "check_deterministic_guide",
+    "check_finite",
+    "check_independent",
+    "check_latents",
+    "check_sites_match",
+    "refuse_training_modes",
+    "reporting",
+]
+
+type Site = dict[str, Any]
+
+
+@contextmanager
+def reporting(what: str) -> Iterator[None]:
+    """Turn what Pyro or torch raise when first run on the data into an error that says so."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise InputError(
+            f"the {what} raised when run on the data ({type(error).__name__}: {error}). Check that "
+            "the data are what it takes, that plate sizes equal the number of units in the call, "
+            "and that data and parameters have one dtype and one device."
+        ) from error
+
+
+@contextmanager
+def refuse_training_modes(what: str) -> Iterator[None]:
+    """Refuse batch norm and dropout in train mode before they run, since running changes them."""
+
+    def hook(module: nn.Module, _inputs: object) -> None:
+        if module.training and isinstance(module, _BatchNorm):
+            raise InputError(
+                f"the {what} uses {type(module).__name__} in train mode, which couples units and "
+                "updates its buffers; call .eval() on the network first"
+            )
+        if module.training and isinstance(module, _DropoutNd) and module.p > 0:
+            raise InputError(
+                f"the {what} uses {type(module).__name__} in train mode, so its density is random; "
+                "call .eval() on the network first"
+            )
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_latents(latents: Sequence[Site]) -> None:
+    """Refuse models without latents, and latents that are discrete or masked."""
+    if not latents:
+        raise InputError("the model has no latent sample site, so there is nothing to infer")
+    for site in latents:
+        name = site["name"]
+        if site["fn"].support.is_discrete:
+            raise InputError(
+                f"the latent {name!r} ({type(site['fn']).__name__}) is discrete; only continuous "
+                "latents are supported: sum it out in the model first"
+            )
+        if site["mask"] is not None:
+            raise InputError(
+                f"the latent {name!r} is masked, so its prior is improper where the mask is False; "
+                "mask observed sites only"
+            )
+
+
+def check_sites_match(latents: Sequence[Site], guide_latents: Sequence[Site]) -> None:
+    """Refuse a guide that misses a latent, has one too many, or is a point mass."""
+    names = {site["name"] for site in latents}
+    guide = {site["name"]: site for site in guide_latents}
+    missing = sorted(names - guide.keys())
+    extra = sorted(
+        name for name, s in guide.items()
+        if name not in names and not s["infer"].get("is_auxiliary", False)
+    )
+    if missing or extra:
+        raise InputError(
+            f"the guide must sample exactly the model's latents {sorted(names)}; it misses "
+            f'{missing} and has {extra} too many (mark helpers with infer={{"is_auxiliary": True}})'
+        )
+    auxiliary = any(site["infer"].get("is_auxiliary", False) for site in guide_latents)
+    points = sorted(name for name in names if is_point_mass(guide[name]))
+    if points and not auxiliary:
+        raise InputError(
+            f"the guide holds the continuous latents {points} as point masses (Delta): "
+            "E_q[log p − log q] is then a joint log density and no bound on the evidence; use a "
+            "guide with a density, such as AutoNormal"
+        )
+
+
+def check_finite(densities: UnitDensities, latents: Tensor) -> None:
+    """Refuse a model whose log density is finite at no draw from guide or prior, for some unit."""
+    if bool(torch.isfinite(densities.log_joint(latents)).any(0).all()):
+        return
+    trace, _ = densities.trace_at(latents)
+    sites = [*latent_sites(trace), *observed_sites(trace)]
+    bad = [s["name"] for s in sites if not bool(torch.isfinite(site_log_prob(s)).all())]
+    raise InputError(
+        f"the log density is not finite at any of {len(latents)} draws for some units; the sites "
+        f"to look at are {bad}. Check the data for NaN and values outside the support, and the "
+        "parameters for NaN."
+    )
+
+
+def check_deterministic(densities: UnitDensities, latents: Tensor) -> None:
+    """Refuse a model whose log density at fixed latents is random."""
+    first, second = densities.log_joint(latents), densities.log_joint(latents)
+    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        raise InputError(
+            "the model's log density differs between two calls at the same latents: it has random "
+            f"operations outside pyro.sample ({_subsampling(densities.trace_at(latents)[0])}); make "
+            "it deterministic given its latents and parameters"
+        )
+
+
+def check_deterministic_guide(densities: UnitDensities) -> None:
+    """Refuse a guide whose density at fixed latents is random."""
+    if densities.guide is None:
+        return
+    first = trace_particles(densities.guide, densities.batch, densities.layout, 2)
+    values = {site["name"]: site["value"] for site in latent_sites(first)}
+    second = trace_particles(
+        densities.guide, densities.batch, densities.layout, 2, FixedSites(values)
+    )
+    for name in values:
+        before, after = site_log_prob(first.nodes[name]), site_log_prob(second.nodes[name])
+        if not torch.allclose(before, after, equal_nan=True):
+            raise InputError(
+                f"the guide's density at {name!r} differs between two calls at the same value: it "
+                f"has random operations outside pyro.sample ({_subsampling(second)}); make it "
+                "deterministic given its latents and parameters"
+            )
+
+
+def _subsampling(trace: Trace) -> str:
+    plates = [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and isinstance(site["fn"], _Subsample)
+        and (site["fn"].subsample_size or site["fn"].size) < site["fn"].size
+    ]
+    return f"plates {plates} subsample at random" if plates else "dropout in train mode, perhaps"
+
+
+def check_independent(densities: UnitDensities, latents: Tensor) -> None:
+    """Refuse a unit plate whose units influence each other."""
+    if densities.num_units < 2:
+        return
+    moved = latents.clone()
+    moved[:, 0] = latents[:, 0].roll(1, 0) + 0.5
+    before, after = densities.log_joint(latents)[:, 1:], densities.log_joint(moved)[:, 1:]
+    tolerance = 1e3 * torch.finfo(before.dtype).eps
+    finite = torch.isfinite(before)
+    if not torch.allclose(before[finite], after[finite], rtol=tolerance, atol=tolerance):
+        raise InputError(
+            f"the elements of plate {densities.layout.plate!r} are not independent units: changing "
+            "the latents of the first changes the density of others (batch norm in train mode, or "
+            "a computation across the plate)"
+        )
+
