@@ -25,7 +25,7 @@ from pyro_vharm.particles import (
 
 __all__ = ["AnnealedImportanceSampling", "AnnealedPlan", "anneal_forward", "anneal_reverse"]
 
-_PILOT_SWEEPS = 3
+_PILOT_SWEEPS = 2
 _FIRST_STEP_SIZE = 0.5
 
 
@@ -105,7 +105,7 @@ class AnnealedImportanceSampling:
     """
 
     num_particles: int = 16
-    num_steps: int = 20
+    num_steps: int = 10
     num_leapfrog: int = 5
     num_settling: int = 10
     prior_share: float = 0.05

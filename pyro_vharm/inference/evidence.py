@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_vharm.estimates import Bound, Kind, UnitEstimates
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
@@ -137,7 +138,9 @@ def estimate_evidence(
         progress: show a bar.
         delta: the failure probability for which the number of replicates is chosen.
     """
-    runs = [method.run(batch, progress=progress) for batch in densities]
+    single = len(densities) == 1
+    bar = tqdm(densities, desc="evidence", disable=single or not progress, delay=2, leave=False)
+    runs = [method.run(batch, progress=progress and single) for batch in bar]
     values, errors, sizes = zip(*(_estimate(run) for run in runs), strict=True)
     lower = upper = None
     if runs[0].kind > Kind.NUMERICAL:

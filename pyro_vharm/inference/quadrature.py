@@ -90,7 +90,9 @@ class Quadrature:
         scouts = start.gaussian.whiten(start.sample(densities, _SCOUTS))
         scout_values = _log_density(densities, start, scouts)
         best = scout_values.argmax(0)[None, :, None].expand(1, -1, densities.dim)
-        box = _pad(_hull(scouts, scout_values, scout_values.amax(0), scouts.gather(0, best)[0]), 0.5)
+        box = _pad(
+            _hull(scouts, scout_values, scout_values.amax(0), scouts.gather(0, best)[0]), 0.5
+        )
         for _ in range(self.num_box_steps):
             grid = _grid(box, _coarse(densities.dim))
             values = _log_density(densities, start, grid)

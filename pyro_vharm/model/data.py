@@ -54,6 +54,8 @@ def as_batches(data: Data, name: str = "data") -> list[Batch]:
 def _as_batch(entry: Any, name: str) -> Batch:
     if isinstance(entry, Tensor):
         entry = (entry,)
+    if isinstance(entry, Batch):
+        return entry
     if isinstance(entry, Mapping):
         batch = Batch(kwargs=dict(entry))
     elif isinstance(entry, tuple | list):

@@ -89,13 +89,21 @@ def free_arguments(guide: PyroFunction, batch: Batch) -> FreedGuide | None:
         other latents, or a distribution whose arguments cannot be read (a flow, a masked one).
     """
     first, second = (
-        {site["name"]: site for site in latent_sites(_trace(guide, batch)) if not is_point_mass(site)}
+        {
+            site["name"]: site
+            for site in latent_sites(_trace(guide, batch))
+            if not is_point_mass(site)
+        }
         for _ in range(2)
     )
     freed = {}
     for name, site in first.items():
         free = _free(site["fn"])
-        if free is None or name not in second or not _same_arguments(site["fn"], second[name]["fn"]):
+        if (
+            free is None
+            or name not in second
+            or not _same_arguments(site["fn"], second[name]["fn"])
+        ):
             return None
         freed[name] = free
     return FreedGuide(guide, freed)
@@ -130,7 +138,8 @@ def _argument_names(fn: Any) -> list[str] | None:
         return ["loc", "scale_tril"]
     known = getattr(fn, "arg_constraints", {})
     parameters = [
-        name for name in inspect.signature(type(fn).__init__).parameters
+        name
+        for name in inspect.signature(type(fn).__init__).parameters
         if name not in ("self", "validate_args")
     ]
     if not known or any(name not in known for name in parameters):

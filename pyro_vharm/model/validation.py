@@ -101,7 +101,8 @@ def check_sites_match(latents: Sequence[Site], guide_latents: Sequence[Site]) ->
     guide = {site["name"]: site for site in guide_latents}
     missing = sorted(names - guide.keys())
     extra = sorted(
-        name for name, s in guide.items()
+        name
+        for name, s in guide.items()
         if name not in names and not s["infer"].get("is_auxiliary", False)
     )
     if missing or extra:
@@ -189,4 +190,3 @@ def check_independent(densities: UnitDensities, latents: Tensor) -> None:
             "the latents of the first changes the density of others (batch norm in train mode, or "
             "a computation across the plate)"
         )
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch
-from pyro_vharm.model.pairs import PairTerms, pair_terms
+from pyro_vharm.model.pairs import run_guide, run_model
 from pyro_vharm.model.parameters import check_disjoint
 from pyro_vharm.model.problem import capture_pair, layout_of
 from pyro_vharm.model.tracing import PyroFunction
@@ -49,33 +50,42 @@ def importance_weighted_bound(
     normalised over K, the gradient for θ is Σ w̃ ∇_θ log p, and for φ, doubly reparameterised,
     Σ w̃² (∂log w/∂h) (∂h/∂φ), which for K = 1 is the gradient that sticks the landing.
 
-    The guide is run twice: once for draws h(φ), and again at those draws as fixed leaves, so that
-    log q enters as a function of h alone.
+    The model is run once, at latents whose gradients a hook multiplies by w̃: the one backward
+    pass of Σ w̃ log p then gives both parts. The guide is run a second time at its draws as fixed
+    leaves, so that log q enters as a function of h alone.
 
     Source: "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives", Tucker,
     Lawson, Gu, Maddison (2019); "Sticking the Landing", Roeder, Wu, Duvenaud (2017).
     """
     count = num_particles * num_replicates
-    drawn = pair_terms(model, guide, batch, layout, count)
-    leaves = {name: value.detach().requires_grad_() for name, value in drawn.values.items()}
-    fixed = pair_terms(model, guide, batch, layout, count, leaves)
-    values, weights = _bound_and_weights(fixed, num_particles, num_replicates)
+    drawn = run_guide(guide, batch, layout, count)
+    latents = {name: value.view_as(value) for name, value in drawn.latents.items()}
+    at = run_model(model, batch, layout, count, latents)
+    values, weights = _bound_and_weights(at.log_joint, drawn.log_guide, num_particles)
+    for name, value in latents.items():
+        if value.requires_grad:
+            value.register_hook(_scaled_by(layout.over_site(weights, drawn.latent_event_dims[name])))
     shares = weights / num_replicates
-    gradients = torch.autograd.grad(
-        (shares * (fixed.log_model - fixed.log_guide)).sum(), list(leaves.values()), retain_graph=True
-    )
-    surrogate = (shares * fixed.log_model).sum()
+    surrogate = (shares * at.log_joint).sum()
+
+    leaves = {name: value.detach().requires_grad_() for name, value in drawn.values.items()}
+    fixed = run_guide(guide, batch, layout, count, leaves)
+    gradients = torch.autograd.grad((shares * fixed.log_guide).sum(), list(leaves.values()))
     for (name, value), gradient in zip(drawn.values.items(), gradients, strict=True):
         squared = layout.over_site(weights, drawn.event_dims[name]) * gradient
-        surrogate = surrogate + (squared * value).sum()
-    return UnitBound(values, surrogate, fixed.scale)
+        surrogate = surrogate - (squared * value).sum()
+    return UnitBound(values, surrogate, at.scale)
+
+
+def _scaled_by(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient * factor
 
 
 def _bound_and_weights(
-    terms: PairTerms, num_particles: int, num_replicates: int
+    log_joint: Tensor, log_guide: Tensor, num_particles: int
 ) -> tuple[Tensor, Tensor]:
-    log_weights = (terms.log_model - terms.log_guide).detach()
-    grouped = log_weights.reshape(num_replicates, num_particles, -1)
+    log_weights = (log_joint - log_guide).detach()
+    grouped = log_weights.reshape(-1, num_particles, log_weights.shape[1])
     values = (torch.logsumexp(grouped, 1) - math.log(num_particles)).mean(0)
     return values, torch.softmax(grouped, 1).reshape(log_weights.shape)
 
@@ -144,9 +154,10 @@ class ImportanceWeightedELBO(ELBO):  # type: ignore[misc]
         layout = self._find_layout(model, guide, batch)
         with torch.no_grad():
             count = self.num_particles * self.num_replicates
-            terms = pair_terms(model, guide, batch, layout, count)
-            values, _ = _bound_and_weights(terms, self.num_particles, self.num_replicates)
-        return -terms.scale * float(values.sum())
+            drawn = run_guide(guide, batch, layout, count)
+            at = run_model(model, batch, layout, count, drawn.latents)
+            values, _ = _bound_and_weights(at.log_joint, drawn.log_guide, self.num_particles)
+        return -at.scale * float(values.sum())
 
     def loss_and_grads(
         self, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any

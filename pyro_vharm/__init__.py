@@ -1,0 +1,62 @@
+"""Measure what variational inference did to a model trained in Pyro.
+
+    import pyro_vharm as vh
+
+    audit = vh.audit(model, guide, (x_train,), heldout=(x_test,), seed=0)
+    print(audit)
+
+All numbers are in nats.
+"""
+
+from pyro_vharm.auditing import audit
+from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
+from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm, learning_harm
+from pyro_vharm.diagnostics.verdict import Audit, Verdict
+from pyro_vharm.errors import InputError, JointUnitWarning
+from pyro_vharm.estimates import Bound, Estimate, Kind, UnitEstimates
+from pyro_vharm.inference.annealing import AnnealedImportanceSampling
+from pyro_vharm.inference.evidence import Evidence, log_evidence
+from pyro_vharm.inference.importance import ImportanceSampling
+from pyro_vharm.inference.quadrature import Quadrature
+from pyro_vharm.learning.reference import (
+    Attempt,
+    ImportanceWeightedLearner,
+    Reference,
+    learn_reference,
+)
+from pyro_vharm.learning.refit import Refit
+from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
+from pyro_vharm.output.datatree import to_datatree
+from pyro_vharm.output.figures import plot_ledger
+from pyro_vharm.particles import Particles
+
+__all__ = [
+    "AnnealedImportanceSampling",
+    "Attempt",
+    "Audit",
+    "Bound",
+    "Estimate",
+    "Evidence",
+    "EvidencePair",
+    "ImportanceSampling",
+    "ImportanceWeightedELBO",
+    "ImportanceWeightedLearner",
+    "InferenceGap",
+    "InputError",
+    "JointUnitWarning",
+    "Kind",
+    "LearningHarm",
+    "Particles",
+    "Quadrature",
+    "Reference",
+    "Refit",
+    "UnitEstimates",
+    "Verdict",
+    "audit",
+    "inference_gap",
+    "learn_reference",
+    "learning_harm",
+    "log_evidence",
+    "plot_ledger",
+    "to_datatree",
+]

@@ -1,0 +1,106 @@
+"""The whole question in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
+from pyro_vharm.diagnostics.harm import measure_harm, prepare_heldout, resolve_reference
+from pyro_vharm.diagnostics.verdict import Audit, Verdict, judge
+from pyro_vharm.errors import InputError
+from pyro_vharm.inference.evidence import InferenceMethod, choose_method
+from pyro_vharm.learning.reference import (
+    Fresh,
+    ImportanceWeightedLearner,
+    Reference,
+    train_reference,
+)
+from pyro_vharm.learning.refit import Refit
+from pyro_vharm.model.data import Data
+from pyro_vharm.model.problem import prepare
+from pyro_vharm.model.state import untouched
+from pyro_vharm.model.tracing import PyroFunction
+
+__all__ = ["audit"]
+
+
+def audit(
+    model: PyroFunction,
+    guide: PyroFunction,
+    data: Data,
+    *,
+    heldout: Data | None = None,
+    reference: Reference | Mapping[str, Any] | None = None,
+    learner: ImportanceWeightedLearner | None = None,
+    fresh: Fresh | None = None,
+    method: InferenceMethod | None = None,
+    refit: Refit | None = None,
+    unit_plate: str | None = None,
+    material: float = 0.5,
+    seed: int = 0,
+    progress: bool = True,
+) -> Audit:
+    """Measure what variational inference did to a trained model, in nats.
+
+    Estimates the log evidence at the learned θ̂ from both sides, splits the inference gap, looks
+    for better parameters θ_ref with a better learner (or takes yours), and measures how much log
+    evidence learning lost, on training and held-out data. Model, guide, parameters, gradients and
+    random state are left as they were, also when interrupted.
+
+    Args:
+        model: a Pyro model with continuous latents, in a plate of independent units or as one
+            joint unit, holding the learned parameters.
+        guide: its trained guide, with reparameterised sites.
+        data: the training data: positional arguments as a tuple, keyword arguments as a Mapping,
+            or an iterable of batches (each a tuple, list, Mapping or Tensor).
+        heldout: data that training did not see, in the same forms.
+        reference: θ_ref by name on the user-facing scale, or a `Reference`; learned if left out.
+        learner: how to look for θ_ref.
+        fresh: returns a new, untrained (model, guide), for a start from elsewhere than θ̂. Not
+            needed where all parameters of the model are ``pyro.param`` statements.
+        method: the inference method for log evidence; see `log_evidence`.
+        refit: how to refit the guide per unit, and how finely to evaluate an ELBO.
+        unit_plate: name of the plate of independent units; found if left out.
+        material: the least total harm that is called harm. Half a nat is what one fitted
+            parameter gains in log likelihood by chance.
+        seed: of all random numbers used: the same seed gives the same audit.
+        progress: show bars on long work.
+
+    Returns:
+        the ledger, the verdict and the better parameters; see `Audit`.
+
+    Raises:
+        InputError: where an argument breaks a constraint, before any long work.
+    """
+    if material < 0:
+        raise InputError(f"material must not be negative, got {material}")
+    if guide is None:
+        raise InputError("audit needs the guide that the model was trained with")
+    learner = ImportanceWeightedLearner() if learner is None else learner
+    refit = Refit() if refit is None else refit
+    with untouched(seed):
+        problem = prepare(model, guide, data, unit_plate=unit_plate)
+        held, notes = prepare_heldout(problem, heldout)
+        chosen = choose_method(problem.densities) if method is None else method
+        settings = {"seed": str(seed), "method": str(chosen), "learner": str(learner)}
+        if not problem.model_parameters.leaves:
+            gap = measure_gap(problem, chosen, refit, progress=progress)
+            return Audit(gap, None, _without_parameters(gap), settings)
+        if reference is None:
+            found = train_reference(problem, learner, fresh, progress=progress)
+        else:
+            found = resolve_reference(problem, reference, learner, progress=progress)
+        gap = measure_gap(problem, chosen, refit, progress=progress)
+        harm = measure_harm(problem, gap, found, held, notes, chosen, refit, progress=progress)
+        return Audit(gap, harm, judge(harm, material), settings)
+
+
+def _without_parameters(gap: InferenceGap) -> Verdict:
+    return Verdict(
+        "no harm found",
+        (
+            "The model has no parameters, so nothing was learned and nothing could be harmed; the "
+            f"inference gap is {gap.gap.total().value:.2f} nats.",
+        ),
+    )

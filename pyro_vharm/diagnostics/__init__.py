@@ -1,0 +1,1 @@
+"""From numbers to answers: the inference gap, learning harm, and a verdict."""

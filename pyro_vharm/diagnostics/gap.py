@@ -1,0 +1,132 @@
+"""The inference gap ℓ(θ) − L(θ, q), and its split into the family's share and the encoder's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyro_vharm.errors import InputError
+from pyro_vharm.estimates import UnitEstimates
+from pyro_vharm.inference.evidence import (
+    Evidence,
+    InferenceMethod,
+    choose_method,
+    estimate_evidence,
+)
+from pyro_vharm.learning.refit import Refit, elbo_over_batches, refitted_elbo
+from pyro_vharm.model.data import Data
+from pyro_vharm.model.problem import Problem, prepare
+from pyro_vharm.model.state import untouched
+from pyro_vharm.model.tracing import PyroFunction
+from pyro_vharm.tables import html_table, text_table
+
+__all__ = ["InferenceGap", "inference_gap", "measure_gap"]
+
+
+@dataclass(frozen=True)
+class InferenceGap:
+    """How far the ELBO is from the log evidence at one θ, in nats.
+
+    Attributes:
+        evidence: ℓ(θ), with its bounds.
+        elbo: L(θ, q) per unit.
+        refitted_elbo: L with the guide's family refitted to each unit; ``None`` where the family
+            could not be freed.
+    """
+
+    evidence: Evidence
+    elbo: UnitEstimates
+    refitted_elbo: UnitEstimates | None
+
+    @property
+    def gap(self) -> UnitEstimates:
+        """G = ℓ(θ) − L(θ, q) = KL(q ‖ p(h | v; θ)) per unit."""
+        return self.evidence.per_unit - self.elbo
+
+    @property
+    def approximation(self) -> UnitEstimates | None:
+        """A = ℓ(θ) − max over the family of L(θ, ·); an upper bound, as a refit only comes near."""
+        return None if self.refitted_elbo is None else self.evidence.per_unit - self.refitted_elbo
+
+    @property
+    def amortization(self) -> UnitEstimates | None:
+        """G − A: what one q per unit would gain over the guide as it is; a lower bound."""
+        return None if self.refitted_elbo is None else self.refitted_elbo - self.elbo
+
+    def __str__(self) -> str:
+        entries = [
+            ("log evidence", self.evidence.per_unit),
+            ("ELBO", self.elbo),
+            ("inference gap", self.gap),
+            ("  approximation", self.approximation),
+            ("  amortization", self.amortization),
+        ]
+        rows = []
+        for name, units in entries:
+            if units is None:
+                rows.append([name, "unknown", "", ""])
+                continue
+            total = units.total()
+            rows.append(
+                [
+                    name,
+                    f"{total.value:.3f}",
+                    f"± {total.mc_error:.3f}",
+                    f"{total.per_unit.value:.4f}",
+                ]
+            )
+        return text_table(["nats", "total", "", "per unit"], rows)
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self))
+
+
+def inference_gap(
+    model: PyroFunction,
+    guide: PyroFunction,
+    data: Data,
+    *,
+    method: InferenceMethod | None = None,
+    refit: Refit | None = None,
+    unit_plate: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> InferenceGap:
+    """G = ℓ(θ) − L(θ, q) = approximation + amortization, at the present parameters, in nats.
+
+    The approximation gap is what remains when the guide's own family is refitted to each unit;
+    the amortization gap is the rest. The refit can only approach the best of the family, so the
+    first is an upper bound and the second a lower one, up to Monte Carlo error.
+
+    Args:
+        model: a trained Pyro model with continuous latents.
+        guide: its trained guide.
+        data: positional arguments as a tuple, keyword arguments as a Mapping, or an iterable of
+            batches.
+        method: the inference method for ℓ; see `log_evidence`.
+        refit: how to refit, and how finely to evaluate the ELBO.
+        unit_plate: name of the plate of independent units; found if left out.
+        seed: of all random numbers used.
+        progress: show bars on long work.
+
+    Raises:
+        InputError: where model, guide or data break a constraint, before any long work.
+
+    Source: "Inference Suboptimality in Variational Autoencoders", Cremer, Li, Duvenaud (2018).
+    """
+    if guide is None:
+        raise InputError("inference_gap needs the guide whose ELBO it compares with the evidence")
+    with untouched(seed):
+        problem = prepare(model, guide, data, unit_plate=unit_plate)
+        chosen = choose_method(problem.densities) if method is None else method
+        return measure_gap(problem, chosen, refit or Refit(), progress=progress)
+
+
+def measure_gap(
+    problem: Problem, method: InferenceMethod, refit: Refit, *, progress: bool
+) -> InferenceGap:
+    """`inference_gap` for a problem that is prepared, at the parameters it holds now."""
+    return InferenceGap(
+        evidence=estimate_evidence(problem.densities, method, progress=progress),
+        elbo=elbo_over_batches(problem, refit.num_particles),
+        refitted_elbo=refitted_elbo(problem, refit, progress=progress),
+    )

@@ -1,0 +1,315 @@
+"""Learning harm: how much log evidence the approximation cost, and what the excess proves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
+from pyro_vharm.errors import InputError
+from pyro_vharm.estimates import Bound, Estimate, UnitEstimates
+from pyro_vharm.inference.evidence import (
+    Evidence,
+    InferenceMethod,
+    choose_method,
+    estimate_evidence,
+)
+from pyro_vharm.learning.reference import (
+    ImportanceWeightedLearner,
+    Reference,
+    given_reference,
+)
+from pyro_vharm.learning.refit import Refit, elbo_over_batches
+from pyro_vharm.model.data import Data
+from pyro_vharm.model.problem import Problem, prepare
+from pyro_vharm.model.state import untouched
+from pyro_vharm.model.tracing import PyroFunction
+from pyro_vharm.tables import html_table, text_table
+
+__all__ = [
+    "EvidencePair",
+    "LearningHarm",
+    "learning_harm",
+    "measure_harm",
+    "prepare_heldout",
+    "resolve_reference",
+]
+
+
+@dataclass(frozen=True)
+class EvidencePair:
+    """Log evidence of the same units at θ̂ and at θ_ref, in nats.
+
+    Attributes:
+        learned: ℓ(θ̂).
+        reference: ℓ(θ_ref).
+    """
+
+    learned: Evidence
+    reference: Evidence
+
+    @property
+    def harm(self) -> UnitEstimates:
+        """ℓ(θ_ref) − ℓ(θ̂) per unit: a lower bound on ℓ(θ*) − ℓ(θ̂), up to the errors."""
+        return self.reference.per_unit - self.learned.per_unit
+
+    def lower(self, delta: float = 0.05) -> Bound | None:
+        """A lower bound on the total harm that fails with probability at most delta.
+
+        ℓ(θ_ref) from below minus ℓ(θ̂) from above, each at δ/2. As strong as the weaker of the
+        two: certified only where ℓ(θ̂) is numerical. ``None`` where ℓ(θ̂) has no upper bound.
+        """
+        below, above = self.reference.lower(delta / 2), self.learned.upper(delta / 2)
+        return None if above is None else _difference(below, above, "lower")
+
+    def upper(self, delta: float = 0.05) -> Bound | None:
+        """An upper bound on ℓ(θ_ref) − ℓ(θ̂): harm above it would have been seen."""
+        above, below = self.reference.upper(delta / 2), self.learned.lower(delta / 2)
+        return None if above is None else _difference(above, below, "upper")
+
+
+def _difference(first: Bound, second: Bound, side: Any) -> Bound:
+    confidence = first.confidence + second.confidence - 1
+    return Bound(first.value - second.value, side, max(first.kind, second.kind), confidence)
+
+
+@dataclass(frozen=True)
+class LearningHarm:
+    """What learning lost, relative to a reference, in nats.
+
+    Attributes:
+        learned: the gap at θ̂ with the guide as trained, on training data.
+        reference_gap: the gap at θ_ref with the guide retrained there, on training data.
+        reference: θ_ref and where it came from.
+        heldout: evidence of held-out units at both, ``None`` without held-out data.
+        heldout_elbo: L(θ̂, q̂) of the held-out units; ``None`` if the guide cannot be evaluated there.
+        notes: what could not be done, and why.
+    """
+
+    learned: InferenceGap
+    reference_gap: InferenceGap
+    reference: Reference
+    heldout: EvidencePair | None
+    heldout_elbo: UnitEstimates | None
+    notes: tuple[str, ...]
+
+    @property
+    def train(self) -> EvidencePair:
+        """Evidence of the training units at both parameters."""
+        return EvidencePair(self.learned.evidence, self.reference_gap.evidence)
+
+    @property
+    def harm(self) -> Estimate:
+        """ℓ(θ_ref) − ℓ(θ̂) on the training data."""
+        return self.train.harm.total()
+
+    @property
+    def heldout_harm(self) -> Estimate | None:
+        """The same on held-out data, with the error from which units were held out."""
+        return None if self.heldout is None else self.heldout.harm.heldout_total()
+
+    @property
+    def reachability(self) -> UnitEstimates | None:
+        """R = A(θ_ref): how far the family is from the reference's posteriors; an upper bound."""
+        return self.reference_gap.approximation
+
+    @property
+    def excess(self) -> Estimate | None:
+        """E = L(θ_ref, q refitted per unit) − L(θ̂, q̂), identically H + G − R."""
+        return _total_difference(self.reference_gap.refitted_elbo, self.learned.elbo)
+
+    @property
+    def excess_retrained(self) -> Estimate:
+        """L(θ_ref, encoder retrained there) − L(θ̂, q̂): if positive, the optimiser is to blame.
+
+        The user's own objective with the user's own guide has a better point than the one found.
+        """
+        return (self.reference_gap.elbo - self.learned.elbo).total()
+
+    @property
+    def excess_refitted(self) -> Estimate | None:
+        """L at θ_ref less L at θ̂, q refitted per unit at both: if positive, the encoder is.
+
+        With a free q for each unit the objective prefers θ_ref, so the family alone did not
+        bend learning away from it.
+        """
+        return _total_difference(self.reference_gap.refitted_elbo, self.learned.refitted_elbo)
+
+    def ledger(self) -> dict[str, Estimate | None]:
+        """The training data's ledger: from ℓ(θ_ref) down to L(θ̂, q̂), then R and the excess.
+
+        The first six lines add up: each "=" line is the one above it less the "−" lines between.
+        """
+        return {
+            "log evidence at reference": self.train.reference.per_unit.total(),
+            "− learning harm": self.harm,
+            "= log evidence as learned": self.train.learned.per_unit.total(),
+            "− approximation gap": _total(self.learned.approximation),
+            "− amortization gap": _total(self.learned.amortization),
+            "= ELBO as learned": self.learned.elbo.total(),
+            "inference gap": self.learned.gap.total(),
+            "reachability gap": _total(self.reachability),
+            "excess": self.excess,
+            "excess, encoder retrained": self.excess_retrained,
+            "excess, refitted at both ends": self.excess_refitted,
+        }
+
+    def heldout_ledger(self) -> dict[str, Estimate | None]:
+        """The same for held-out data, without the split of the gap; empty without such data."""
+        if self.heldout is None:
+            return {}
+        learned, elbo = self.heldout.learned.per_unit, self.heldout_elbo
+        return {
+            "log evidence at reference": self.heldout.reference.per_unit.heldout_total(),
+            "− learning harm": self.heldout_harm,
+            "= log evidence as learned": learned.heldout_total(),
+            "− inference gap": None if elbo is None else (learned - elbo).heldout_total(),
+            "= ELBO as learned": None if elbo is None else elbo.heldout_total(),
+        }
+
+    def __str__(self) -> str:
+        parts = [_ledger_table("training data", self.harm.num_units, self.ledger())]
+        if self.heldout_harm is not None:
+            held = _ledger_table(
+                "held-out data", self.heldout_harm.num_units, self.heldout_ledger()
+            )
+            parts += ["", held]
+        return "\n".join([*parts, *self.notes, *self.reference.notes])
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self))
+
+
+def _total_difference(first: UnitEstimates | None, second: UnitEstimates | None) -> Estimate | None:
+    return None if first is None or second is None else (first - second).total()
+
+
+def _total(units: UnitEstimates | None) -> Estimate | None:
+    return None if units is None else units.total()
+
+
+def _ledger_table(title: str, num_units: int, ledger: Mapping[str, Estimate | None]) -> str:
+    sampled = any(e is not None and e.sampling_error is not None for e in ledger.values())
+    header = [f"{title}, {num_units} units", "total", "mc error", "per unit"]
+    header += ["sampling error"] if sampled else []
+    return text_table(header, [_row(name, line, sampled) for name, line in ledger.items()])
+
+
+def _row(name: str, total: Estimate | None, sampled: bool) -> list[str]:
+    if total is None:
+        return [name, "unknown", "", "", *([""] if sampled else [])]
+    unit = total.per_unit
+    row = [name, f"{total.value:.3f}", f"{total.mc_error:.3f}", f"{unit.value:.4f}"]
+    return [*row, f"{unit.sampling_error:.4f}"] if sampled else row
+
+
+def learning_harm(
+    model: PyroFunction,
+    guide: PyroFunction,
+    data: Data,
+    *,
+    reference: Reference | Mapping[str, Any],
+    heldout: Data | None = None,
+    method: InferenceMethod | None = None,
+    refit: Refit | None = None,
+    unit_plate: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> LearningHarm:
+    """H = ℓ(θ_ref) − ℓ(θ̂): a lower bound on what learning lost, up to the estimators' error.
+
+    Args:
+        model: a Pyro model with the parameters θ̂ that SVI ended at.
+        guide: its trained guide.
+        data: the training data.
+        reference: from `learn_reference`, or θ_ref by name on the user-facing scale.
+        heldout: data that neither learner saw.
+        method: the inference method for ℓ; see `log_evidence`.
+        refit: how to refit the guide per unit, and how finely to evaluate an ELBO.
+        unit_plate: name of the plate of independent units; found if left out.
+        seed: of all random numbers used.
+        progress: show bars on long work.
+
+    Raises:
+        InputError: where an argument breaks a constraint, before any long work.
+    """
+    with untouched(seed):
+        problem = prepare(model, guide, data, unit_plate=unit_plate)
+        held, notes = prepare_heldout(problem, heldout)
+        chosen = choose_method(problem.densities) if method is None else method
+        refit = Refit() if refit is None else refit
+        found = resolve_reference(
+            problem, reference, ImportanceWeightedLearner(), progress=progress
+        )
+        learned = measure_gap(problem, chosen, refit, progress=progress)
+        return measure_harm(problem, learned, found, held, notes, chosen, refit, progress=progress)
+
+
+def resolve_reference(
+    problem: Problem,
+    reference: Reference | Mapping[str, Any],
+    learner: ImportanceWeightedLearner,
+    *,
+    progress: bool,
+) -> Reference:
+    """A `Reference` from what the user hands in."""
+    if isinstance(reference, Reference):
+        names = reference.model_values.keys()
+        if names != problem.model_parameters.leaves.keys():
+            raise InputError(
+                f"reference has the parameters {sorted(names)}, the model "
+                f"{sorted(problem.model_parameters.leaves)}"
+            )
+        return reference
+    return given_reference(problem, reference, learner, progress=progress)
+
+
+def prepare_heldout(
+    problem: Problem, heldout: Data | None
+) -> tuple[Problem | None, tuple[str, ...]]:
+    """Held-out data with the guide, or without it where the guide cannot be evaluated there."""
+    if heldout is None:
+        return None, ()
+    plate = problem.layout.plate
+    try:
+        held = prepare(problem.model, problem.guide, heldout, unit_plate=plate, name="heldout")
+        notes: tuple[str, ...] = ()
+    except InputError as error:
+        held = prepare(problem.model, None, heldout, unit_plate=plate, name="heldout")
+        notes = (f"the guide was left out on held-out data, where it raised: {error}",)
+    return held, notes
+
+
+def measure_harm(
+    problem: Problem,
+    learned: InferenceGap,
+    reference: Reference,
+    heldout: Problem | None,
+    notes: tuple[str, ...],
+    method: InferenceMethod,
+    refit: Refit,
+    *,
+    progress: bool,
+) -> LearningHarm:
+    """`learning_harm` from a prepared problem, at whose parameters `learned` was measured."""
+    theta, phi = problem.model_parameters, problem.guide_parameters
+    held_learned, held_elbo = _heldout(heldout, method, refit, progress)
+    with theta.at(reference.model_values), phi.at(reference.guide_values):
+        reference_gap = measure_gap(problem, method, refit, progress=progress)
+        held_reference, _ = _heldout(heldout, method, refit, progress)
+    pair = None
+    if held_learned is not None and held_reference is not None:
+        pair = EvidencePair(held_learned, held_reference)
+    return LearningHarm(learned, reference_gap, reference, pair, held_elbo, notes)
+
+
+def _heldout(
+    heldout: Problem | None, method: InferenceMethod, refit: Refit, progress: bool
+) -> tuple[Evidence | None, UnitEstimates | None]:
+    if heldout is None:
+        return None, None
+    evidence = estimate_evidence(heldout.densities, method, progress=progress)
+    if heldout.guide is None:
+        return evidence, None
+    return evidence, elbo_over_batches(heldout, refit.num_particles)

@@ -1,0 +1,1 @@
+"""Learners: refitting a guide per unit, and reference parameters."""

@@ -1,0 +1,319 @@
+"""Reference parameters θ_ref: where a better learner ends, or what the user hands in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vharm.errors import InputError
+from pyro_vharm.estimates import Estimate
+from pyro_vharm.inference.evidence import InferenceMethod, estimate_evidence
+from pyro_vharm.inference.importance import ImportanceSampling
+from pyro_vharm.inference.quadrature import Quadrature
+from pyro_vharm.learning.training import Schedule, minimise, shuffled_passes
+from pyro_vharm.model.data import Batch, Data
+from pyro_vharm.model.minibatches import cut_batch
+from pyro_vharm.model.parameters import Parameters
+from pyro_vharm.model.problem import Problem, capture_pair, prepare
+from pyro_vharm.model.state import untouched
+from pyro_vharm.model.tracing import PyroFunction
+from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
+from pyro_vharm.tables import html_table, text_table
+
+__all__ = [
+    "Attempt",
+    "Fresh",
+    "ImportanceWeightedLearner",
+    "Reference",
+    "given_reference",
+    "learn_reference",
+    "train_reference",
+]
+
+type Fresh = Callable[[], tuple[PyroFunction, PyroFunction]]
+
+_MONITOR_PARTICLES = 500
+
+
+@dataclass(frozen=True)
+class ImportanceWeightedLearner:
+    """Trains θ and φ on the importance-weighted bound, then φ alone on the ELBO at θ_ref.
+
+    Args:
+        num_particles: K of the bound.
+        num_steps: gradient steps on θ and φ from each start.
+        learning_rate: first step size of Adam; it falls along a half cosine to a hundredth.
+        batch_size: units per step where one batch holds more and can be cut; see `cut_batch`.
+        guide_steps: gradient steps that retrain φ at θ_ref.
+        guide_replicates: draws per unit in each of these.
+    """
+
+    num_particles: int = 50
+    num_steps: int = 3000
+    learning_rate: float = 0.003
+    batch_size: int = 100
+    guide_steps: int = 1000
+    guide_replicates: int = 8
+
+    def __post_init__(self) -> None:
+        if self.num_particles < 2:
+            raise InputError(
+                f"num_particles must be at least 2, not {self.num_particles}: with one the bound "
+                "is the ELBO, which is no better learner"
+            )
+
+    def learn(self, problem: Problem, progress: bool) -> None:
+        """Train θ and φ, in place."""
+        leaves = problem.model_parameters.trainable() + problem.guide_parameters.trainable()
+        schedule = Schedule(self.num_steps, self.learning_rate)
+        batches = self._minibatches(problem)
+        _maximise_bound(
+            problem, batches, leaves, schedule, self.num_particles, 1, "learning", progress
+        )
+
+    def retrain_guide(self, problem: Problem, progress: bool) -> None:
+        """Train φ on the ELBO at θ as it is, in place."""
+        leaves = problem.guide_parameters.trainable()
+        if not leaves:
+            return
+        schedule = Schedule(self.guide_steps, self.learning_rate)
+        batches = self._minibatches(problem)
+        _maximise_bound(
+            problem, batches, leaves, schedule, 1, self.guide_replicates, "retraining", progress
+        )
+
+    def _minibatches(self, problem: Problem) -> list[Batch]:
+        return [part for d in problem.densities for part in cut_batch(d, self.batch_size)]
+
+
+def _maximise_bound(
+    problem: Problem,
+    batches: Sequence[Batch],
+    leaves: Sequence[Tensor],
+    schedule: Schedule,
+    num_particles: int,
+    num_replicates: int,
+    description: str,
+    progress: bool,
+) -> None:
+    guide = problem.guide
+    assert guide is not None, "callers check for a guide first"
+    order = shuffled_passes(len(batches), schedule.num_steps)
+
+    def loss(step: int) -> Tensor:
+        bound = importance_weighted_bound(
+            problem.model,
+            guide,
+            batches[order[step]],
+            problem.layout,
+            num_particles,
+            num_replicates,
+        )
+        return -bound.surrogate * (problem.num_units / len(bound.values))
+
+    minimise(loss, leaves, schedule, description=description, progress=progress)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to a reference that was tried.
+
+    Attributes:
+        name: learner and start.
+        log_evidence: what it reached on the training data, by random numbers of its own.
+    """
+
+    name: str
+    log_evidence: Estimate
+
+
+@dataclass(frozen=True)
+class Reference:
+    """θ_ref, with the guide retrained there.
+
+    Attributes:
+        model_values: θ_ref, name → unconstrained value.
+        guide_values: φ retrained on the ELBO at θ_ref.
+        attempts: what was tried; the reference is the best of them.
+        notes: what was not tried, and why.
+    """
+
+    model_values: Mapping[str, Tensor]
+    guide_values: Mapping[str, Tensor]
+    attempts: tuple[Attempt, ...]
+    notes: tuple[str, ...]
+    _problem: Problem = field(repr=False)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """θ_ref by name, on the user-facing scale."""
+        constraints = self._problem.model_parameters.constraints
+        return Parameters(self.model_values, constraints).constrained()
+
+    def apply(self) -> None:
+        """Set the user's model to θ_ref and the guide to the one retrained there, in place."""
+        problem = self._problem
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            theta, phi = capture_pair(problem.model, problem.guide, problem.batches[0])
+        theta.assign(self.model_values)
+        phi.assign(self.guide_values)
+
+    def __str__(self) -> str:
+        rows = [
+            [a.name, f"{a.log_evidence.value:.3f}", f"± {a.log_evidence.mc_error:.3f}"]
+            for a in self.attempts
+        ]
+        return "\n".join([text_table(["reference", "log evidence", ""], rows), *self.notes])
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self))
+
+
+def learn_reference(
+    model: PyroFunction,
+    data: Data,
+    *,
+    guide: PyroFunction,
+    learner: ImportanceWeightedLearner | None = None,
+    fresh: Fresh | None = None,
+    unit_plate: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Reference:
+    """Look for better parameters than the model has now, and leave the model as it is.
+
+    The learner starts at the present parameters, and afresh where that is possible: from what
+    `fresh` returns, or, where all of the model's parameters are ``pyro.param`` statements, from
+    their initial values. The best by log evidence on the training data is the reference.
+
+    Args:
+        model: a trained Pyro model.
+        data: the training data.
+        guide: its trained guide, with reparameterised sites.
+        learner: the better learner.
+        fresh: returns a new, untrained (model, guide) whose parameters have the same names.
+        unit_plate: name of the plate of independent units; found if left out.
+        seed: of all random numbers used.
+        progress: show bars on long work.
+
+    Raises:
+        InputError: where model, guide or data break a constraint, before any long work.
+    """
+    learner = ImportanceWeightedLearner() if learner is None else learner
+    with untouched(seed):
+        problem = prepare(model, guide, data, unit_plate=unit_plate)
+        return train_reference(problem, learner, fresh, progress=progress)
+
+
+def train_reference(
+    problem: Problem, learner: ImportanceWeightedLearner, fresh: Fresh | None, *, progress: bool
+) -> Reference:
+    """`learn_reference` for a problem that is prepared; leaves its parameters as they were."""
+    if not problem.model_parameters.leaves:
+        raise InputError(
+            "the model has no parameters to learn, so there can be no learning harm; "
+            "inference_gap says how far the guide is from the posterior"
+        )
+    name = f"importance weights, K = {learner.num_particles}"
+    started = _start_afresh(problem, fresh)
+    candidates = [_attempt(problem, learner, f"{name}, from θ̂", progress)]
+    if isinstance(started, _FreshStart):
+        with pyro.get_param_store().scope(started.store):
+            candidates.append(_attempt(started.problem, learner, f"{name}, afresh", progress))
+    notes = [started] if isinstance(started, str) else []
+    best = max(candidates, key=lambda c: c.attempt.log_evidence.value)
+    return _finish(problem, learner, best, tuple(c.attempt for c in candidates), notes, progress)
+
+
+def given_reference(
+    problem: Problem,
+    parameters: Mapping[str, Any],
+    learner: ImportanceWeightedLearner,
+    *,
+    progress: bool,
+) -> Reference:
+    """A reference from parameters that the user hands in, on the user-facing scale.
+
+    Raises:
+        InputError: if names, shapes or constraints do not fit the model.
+    """
+    values = problem.model_parameters.unconstrain(parameters, "reference")
+    with problem.model_parameters.at(values):
+        evidence = _monitor(problem)
+    candidate = _Candidate(
+        Attempt("handed in", evidence), values, problem.guide_parameters.values()
+    )
+    return _finish(problem, learner, candidate, (candidate.attempt,), [], progress)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    attempt: Attempt
+    model_values: Mapping[str, Tensor]
+    guide_values: Mapping[str, Tensor]
+
+
+def _attempt(
+    problem: Problem, learner: ImportanceWeightedLearner, name: str, progress: bool
+) -> _Candidate:
+    theta, phi = problem.model_parameters, problem.guide_parameters
+    with theta.at(theta.values()), phi.at(phi.values()):
+        learner.learn(problem, progress)
+        return _Candidate(Attempt(name, _monitor(problem)), theta.values(), phi.values())
+
+
+class _FreshStart(NamedTuple):
+    problem: Problem
+    store: Any
+
+
+def _start_afresh(problem: Problem, fresh: Fresh | None) -> _FreshStart | str:
+    """A problem with untrained parameters in a param store of its own, or why there is none."""
+    with pyro.get_param_store().scope() as store:
+        model, guide = (problem.model, problem.guide) if fresh is None else fresh()
+        again = prepare(model, guide, problem.batches, unit_plate=problem.layout.plate)
+    known, found = problem.model_parameters.leaves, again.model_parameters.leaves
+    if any(found.get(name) is leaf for name, leaf in known.items()):
+        if fresh is None:
+            return (
+                "no fresh start was tried, as modules hold the parameters: pass fresh=, a callable "
+                "that returns a new (model, guide)"
+            )
+        raise InputError("fresh() returned a model that holds the trained parameters")
+    for what, old, new in (
+        ("model", known, found),
+        ("guide", problem.guide_parameters.leaves, again.guide_parameters.leaves),
+    ):
+        shapes = [{name: tuple(leaf.shape) for name, leaf in part.items()} for part in (old, new)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"fresh() returned a {what} with the parameters {shapes[1]}; names and shapes must "
+                f"be those of the trained one: {shapes[0]}"
+            )
+    return _FreshStart(again, store)
+
+
+def _finish(
+    problem: Problem,
+    learner: ImportanceWeightedLearner,
+    best: _Candidate,
+    attempts: tuple[Attempt, ...],
+    notes: Sequence[str],
+    progress: bool,
+) -> Reference:
+    theta, phi = problem.model_parameters, problem.guide_parameters
+    with theta.at(best.model_values), phi.at(best.guide_values):
+        learner.retrain_guide(problem, progress)
+        return Reference(best.model_values, phi.values(), attempts, tuple(notes), problem)
+
+
+def _monitor(problem: Problem) -> Estimate:
+    method: InferenceMethod = (
+        Quadrature() if problem.densities[0].dim <= 2 else ImportanceSampling(_MONITOR_PARTICLES)
+    )
+    return estimate_evidence(problem.densities, method).per_unit.total()

@@ -1,0 +1,117 @@
+"""Refitting the guide's own family to each unit, at fixed θ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vharm.estimates import Kind, UnitEstimates
+from pyro_vharm.learning.training import Schedule, minimise
+from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.families import free_arguments
+from pyro_vharm.model.problem import Problem
+from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
+
+__all__ = ["Refit", "elbo_over_batches", "estimate_elbo", "refitted_elbo"]
+
+_ROWS_PER_PASS = 2**18
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How to refit a guide, and how finely to evaluate an ELBO.
+
+    Args:
+        num_steps: gradient steps.
+        learning_rate: the first step size, in standard deviations for locations.
+        num_replicates: draws per step.
+        num_particles: fresh draws that evaluate an ELBO.
+    """
+
+    num_steps: int = 400
+    learning_rate: float = 0.05
+    num_replicates: int = 8
+    num_particles: int = 400
+
+    @property
+    def schedule(self) -> Schedule:
+        """Steps and step size."""
+        return Schedule(self.num_steps, self.learning_rate)
+
+
+def estimate_elbo(densities: UnitDensities, num_particles: int) -> UnitEstimates:
+    """L(θ, q) per unit from fresh draws of the guide; unbiased, in nats."""
+    per_pass = max(_ROWS_PER_PASS // densities.num_units, 1)
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        for done in range(0, num_particles, per_pass):
+            count = min(per_pass, num_particles - done)
+            parts.append(densities.draw_guide(count).log_weights)
+    log_weights = torch.cat(parts)
+    error = log_weights.std(0) / num_particles**0.5
+    return UnitEstimates(log_weights.mean(0), error, Kind.ESTIMATED)
+
+
+def elbo_over_batches(problem: Problem, num_particles: int) -> UnitEstimates:
+    """L(θ, q) per unit over all batches, with the guide as it is."""
+    return _concatenate([estimate_elbo(d, num_particles) for d in problem.densities])
+
+
+def refitted_elbo(problem: Problem, refit: Refit, *, progress: bool) -> UnitEstimates | None:
+    """max over q in the guide's family, separately for each unit, of L(θ, q), from below.
+
+    The arguments of the guide's distributions are freed for each unit and optimised from where
+    the guide has them. Where they cannot be freed and the data are one joint unit, the guide's
+    parameters themselves are fine-tuned, which is the same family. A refit can only approach the
+    maximum, so ℓ − this is an upper bound on the approximation gap, up to Monte Carlo error.
+
+    Returns:
+        ``None`` where the family cannot be freed and there are several units.
+    """
+    single = len(problem.densities) == 1
+    bar = tqdm(
+        problem.densities, desc="refitting", disable=single or not progress, delay=2, leave=False
+    )
+    parts = [_refit_batch(problem, densities, refit, progress and single) for densities in bar]
+    found = [part for part in parts if part is not None]
+    return _concatenate(found) if len(found) == len(parts) else None
+
+
+def _refit_batch(
+    problem: Problem, densities: UnitDensities, refit: Refit, progress: bool
+) -> UnitEstimates | None:
+    assert problem.guide is not None, "callers check for a guide first"
+    freed = free_arguments(problem.guide, densities.batch)
+    if freed is None:
+        if densities.layout.plate is not None:
+            return None
+        with problem.guide_parameters.at(problem.guide_parameters.values()):
+            _fit(densities, problem.guide_parameters.trainable(), refit, progress)
+            return estimate_elbo(densities, refit.num_particles)
+    replaced = replace(densities, guide=freed)
+    _fit(replaced, freed.leaves(), refit, progress)
+    return estimate_elbo(replaced, refit.num_particles)
+
+
+def _fit(densities: UnitDensities, leaves: list[Tensor], refit: Refit, progress: bool) -> None:
+    guide = densities.guide
+    assert guide is not None, "the densities of a refit have a guide"
+
+    def loss(_step: int) -> Tensor:
+        bound = importance_weighted_bound(
+            densities.model, guide, densities.batch, densities.layout, 1, refit.num_replicates
+        )
+        return -bound.surrogate
+
+    minimise(loss, leaves, refit.schedule, description="refitting the guide", progress=progress)
+
+
+def _concatenate(parts: list[UnitEstimates]) -> UnitEstimates:
+    return UnitEstimates(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.mc_errors for part in parts]),
+        parts[0].kind,
+    )

@@ -1,0 +1,72 @@
+"""Cutting one large batch of units into smaller ones, where that provably changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vharm.errors import InputError
+from pyro_vharm.model.data import Batch
+from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.pairs import run_guide, run_model
+
+__all__ = ["cut_batch"]
+
+
+def cut_batch(densities: UnitDensities, size: int) -> list[Batch]:
+    """Random minibatches of about `size` units that together hold every unit once.
+
+    Tensor arguments whose first dim counts units are indexed along it. The cut is used only if
+    model and guide give each unit of the first minibatch the density they gave it in the whole
+    batch; otherwise (parameters per datum in the guide, units along another dim, plates of fixed
+    size) the batch is returned whole.
+    """
+    whole, num_units = densities.batch, densities.num_units
+    if num_units <= size or densities.guide is None or densities.layout.plate is None:
+        return [whole]
+    parts = torch.randperm(num_units).split(size)
+    cut = [_select(whole, part, num_units) for part in parts]
+    return cut if _same_densities(densities, cut[0], parts[0]) else [whole]
+
+
+def _select(batch: Batch, units: Tensor, num_units: int) -> Batch:
+    def select(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_units:
+            return value[units.to(value.device)]
+        return value
+
+    return Batch(
+        tuple(select(value) for value in batch.args),
+        {name: select(value) for name, value in batch.kwargs.items()},
+    )
+
+
+def _same_densities(densities: UnitDensities, part: Batch, units: Tensor) -> bool:
+    model, guide, layout = densities.model, densities.guide, densities.layout
+    assert guide is not None, "the caller checks for a guide first"
+    try:
+        with torch.no_grad():
+            whole = run_guide(guide, densities.batch, layout, 2)
+            joint = run_model(model, densities.batch, layout, 2, whole.latents).log_joint
+            units = units.to(joint.device)
+            values = {
+                name: _select_site(value, units, layout.dim, whole.event_dims[name])
+                for name, value in whole.values.items()
+            }
+            cut = run_guide(guide, part, layout, 2, values)
+            cut_joint = run_model(model, part, layout, 2, cut.latents).log_joint
+    except (InputError, RuntimeError, ValueError, IndexError):
+        return False
+    pairs = [(cut_joint, joint), (cut.log_guide, whole.log_guide)]
+    return all(
+        some.shape == every[:, units].shape
+        and torch.allclose(some, every[:, units], rtol=1e-4, atol=1e-4)
+        for some, every in pairs
+    )
+
+
+def _select_site(value: Tensor, units: Tensor, dim: int | None, event_dim: int) -> Tensor:
+    assert dim is not None, "one joint unit is never cut"
+    return value.index_select(dim - event_dim, units)

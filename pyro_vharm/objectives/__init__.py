@@ -1,0 +1,1 @@
+"""Pyro ELBO subclasses that train with something better than the ELBO."""

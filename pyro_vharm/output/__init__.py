@@ -1,0 +1,1 @@
+"""Results as DataTrees, and figures drawn from a DataTree alone."""

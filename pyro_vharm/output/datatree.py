@@ -1,0 +1,169 @@
+"""Results as xarray DataTrees, for ArviZ, figures and storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import singledispatch
+from importlib.metadata import version
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_vharm.diagnostics.gap import InferenceGap
+from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm
+from pyro_vharm.diagnostics.verdict import Audit
+from pyro_vharm.estimates import Estimate, UnitEstimates
+from pyro_vharm.inference.evidence import Evidence
+
+__all__ = ["to_datatree"]
+
+_UNITS = {"units": "nats"}
+
+
+@singledispatch
+def to_datatree(result: object) -> xr.DataTree:
+    """A result as a DataTree: one group per question, numbers in nats, settings as attributes.
+
+    Groups, as far as the result has them:
+
+    * ``ledger``, ``heldout_ledger``: variables ``total``, ``mc_error``, ``sampling_error`` and
+      ``kind`` over the coordinate ``quantity``; ``num_units`` is an attribute.
+    * ``units``, ``heldout_units``: variables per ``unit`` at each of ``parameters`` (``learned``,
+      ``reference``): ``log_evidence``, ``elbo``, ``refitted_elbo`` and each one's ``_mc_error``.
+    * ``bounds``, ``heldout_bounds``: replicates of the stochastic bounds on the totals.
+
+    Args:
+        result: an `Audit`, `LearningHarm`, `InferenceGap` or `Evidence`.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    raise TypeError(f"to_datatree has no form for {type(result).__name__}")
+
+
+@to_datatree.register
+def _(result: Audit) -> xr.DataTree:
+    tree = to_datatree(result.gap if result.harm is None else result.harm)
+    tree.attrs |= {f"setting_{name}": value for name, value in result.settings.items()}
+    tree.attrs |= {"outcome": result.verdict.outcome, "verdict": str(result.verdict)}
+    return tree
+
+
+@to_datatree.register
+def _(result: LearningHarm) -> xr.DataTree:
+    gaps = {"learned": result.learned, "reference": result.reference_gap}
+    groups = {
+        "ledger": _ledger(result.ledger()),
+        "units": _units({name: _gap_units(gap) for name, gap in gaps.items()}),
+        **_bounds("bounds", result.train),
+    }
+    if result.heldout is not None:
+        learned = {"log_evidence": result.heldout.learned.per_unit}
+        if result.heldout_elbo is not None:
+            learned["elbo"] = result.heldout_elbo
+        reference = {"log_evidence": result.heldout.reference.per_unit}
+        groups["heldout_ledger"] = _ledger(result.heldout_ledger())
+        groups["heldout_units"] = _units({"learned": learned, "reference": reference})
+        groups |= _bounds("heldout_bounds", result.heldout)
+    tried = "; ".join(attempt.name for attempt in result.reference.attempts)
+    return _tree(groups, {"tried": tried, "notes": "; ".join(result.notes)})
+
+
+@to_datatree.register
+def _(result: InferenceGap) -> xr.DataTree:
+    totals = {
+        "log evidence as learned": result.evidence.per_unit.total(),
+        "− approximation gap": None
+        if result.approximation is None
+        else result.approximation.total(),
+        "− amortization gap": None if result.amortization is None else result.amortization.total(),
+        "= ELBO as learned": result.elbo.total(),
+        "inference gap": result.gap.total(),
+    }
+    groups = {"ledger": _ledger(totals), "units": _units({"learned": _gap_units(result)})}
+    return _tree(groups, {"method": result.evidence.method})
+
+
+@to_datatree.register
+def _(result: Evidence) -> xr.DataTree:
+    groups = {
+        "ledger": _ledger({"log evidence": result.per_unit.total()}),
+        "units": _units({"learned": {"log_evidence": result.per_unit}}),
+    }
+    return _tree(groups, {"method": result.method})
+
+
+def _tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str]) -> xr.DataTree:
+    tree = xr.DataTree.from_dict(dict(groups))
+    versions = {
+        f"{name}_version": version(package)
+        for name, package in (
+            ("pyro_vharm", "pyro-vharm"),
+            ("pyro", "pyro-ppl"),
+            ("torch", "torch"),
+        )
+    }
+    tree.attrs |= {"creation_library": "pyro_vharm", **versions, **attrs}
+    return tree
+
+
+def _ledger(lines: Mapping[str, Estimate | None]) -> xr.Dataset:
+    known = {name: line for name, line in lines.items() if line is not None}
+    sampling = [
+        np.nan if line.sampling_error is None else line.sampling_error for line in known.values()
+    ]
+    columns: dict[str, list[float]] = {
+        "total": [line.value for line in known.values()],
+        "mc_error": [line.mc_error for line in known.values()],
+        "sampling_error": sampling,
+    }
+    variables = {name: ("quantity", np.array(column), _UNITS) for name, column in columns.items()}
+    kinds = ("quantity", np.array([str(line.kind) for line in known.values()], dtype="U12"))
+    num_units = next(iter(known.values())).num_units
+    return xr.Dataset(
+        {**variables, "kind": kinds},
+        coords={"quantity": np.array(list(known), dtype="U40")},
+        attrs={"num_units": num_units},
+    )
+
+
+def _gap_units(gap: InferenceGap) -> dict[str, UnitEstimates]:
+    units = {"log_evidence": gap.evidence.per_unit, "elbo": gap.elbo}
+    if gap.refitted_elbo is not None:
+        units["refitted_elbo"] = gap.refitted_elbo
+    return units
+
+
+def _units(by_parameters: Mapping[str, Mapping[str, UnitEstimates]]) -> xr.Dataset:
+    datasets = [
+        xr.Dataset(
+            {
+                **{name: ("unit", _numpy(part.values), _UNITS) for name, part in units.items()},
+                **{
+                    f"{name}_mc_error": ("unit", _numpy(part.mc_errors), _UNITS)
+                    for name, part in units.items()
+                },
+            }
+        )
+        for units in by_parameters.values()
+    ]
+    index = xr.DataArray(list(by_parameters), dims="parameters", name="parameters")
+    joined = xr.concat(datasets, dim=index, data_vars="all", join="exact")
+    return joined.assign_coords(unit=np.arange(joined.sizes["unit"]))
+
+
+def _bounds(group: str, pair: EvidencePair) -> dict[str, xr.Dataset]:
+    variables = {}
+    for parameters, evidence in (("learned", pair.learned), ("reference", pair.reference)):
+        sides = {"lower": evidence.lower_replicates, "upper": evidence.upper_replicates}
+        for side, replicates in sides.items():
+            if replicates is not None:
+                dim = f"{parameters}_replicate"
+                variables[f"{parameters}_{side}"] = (dim, _numpy(replicates), _UNITS)
+    return {group: xr.Dataset(variables)} if variables else {}
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.detach().to("cpu", torch.float64).numpy()

@@ -1,0 +1,96 @@
+"""Figures drawn from a DataTree alone: they compute nothing that is not in it."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["plot_ledger"]
+
+_COLOURS = {"level": "#4c566a", "harm": "#bf3f4a", "gap": "#d98e32"}
+_TITLES = {"ledger": "training data", "heldout_ledger": "held-out data"}
+
+
+def plot_ledger(tree: xr.DataTree, *, figsize: tuple[float, float] | None = None) -> Figure:
+    """The ledger as a waterfall: from log evidence at the reference down to the ELBO as learned.
+
+    Bars are nats per unit above the ELBO as learned; whiskers are two standard errors, of our
+    random numbers and, for held-out data, of which units were held out.
+
+    Args:
+        tree: what `to_datatree` gives for an `Audit` or `LearningHarm`, or that tree read back.
+        figsize: inches.
+
+    Raises:
+        KeyError: if the tree has no ledger.
+    """
+    groups = [group for group in _TITLES if group in tree.children]
+    if not groups:
+        raise KeyError("the tree has no group 'ledger'; make it with to_datatree(audit)")
+    size = (5.2 * len(groups), 3.6) if figsize is None else figsize
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, group in zip(axes[0], groups, strict=True):
+        ledger = tree[group].to_dataset()
+        _waterfall(axis, ledger)
+        axis.set_title(f"{_TITLES[group]}, {ledger.attrs['num_units']} units", fontsize=10)
+    axes[0][0].set_ylabel("nats per unit above the ELBO as learned")
+    return figure
+
+
+def _waterfall(axis: Axes, ledger: xr.Dataset) -> None:
+    num_units = ledger.attrs["num_units"]
+    names = [str(name) for name in ledger["quantity"].values]
+    steps = [name for name in names if name[0] in "−=" or name.startswith("log evidence")]
+    totals = {name: float(ledger["total"].sel(quantity=name)) / num_units for name in steps}
+    base = totals.get("= ELBO as learned", totals[steps[-1]])
+    level = totals[steps[0]] - base
+    for position, name in enumerate(steps):
+        value = totals[name]
+        if name.startswith("−"):
+            bottom, height, level = level - value, value, level - value
+            colour = _COLOURS["harm" if "harm" in name else "gap"]
+            label = f"{value:.3f}"
+        else:
+            bottom, height, level = 0.0, value - base, value - base
+            colour, label = _COLOURS["level"], f"{value:.2f}"
+        axis.bar(position, height, 0.7, bottom, color=colour)
+        axis.errorbar(
+            position,
+            bottom + height,
+            2 * _error(ledger, name) / num_units,
+            color="black",
+            capsize=3,
+        )
+        axis.annotate(
+            label,
+            (position, max(bottom + height, bottom)),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
+    axis.set_xticks(range(len(steps)), [_wrap(name) for name in steps], fontsize=8)
+    axis.axhline(0.0, color="black", linewidth=0.8)
+    axis.margins(y=0.15)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _error(ledger: xr.Dataset, name: str) -> float:
+    line = ledger.sel(quantity=name)
+    sampling = 0.0
+    if name.startswith("−"):
+        sampling = float(line["sampling_error"].fillna(0.0))
+    return float((float(line["mc_error"]) ** 2 + sampling**2) ** 0.5)
+
+
+def _wrap(name: str) -> str:
+    return (
+        name.replace("log evidence ", "log evidence\n")
+        .replace(" gap", "\ngap")
+        .replace("ELBO ", "ELBO\n")
+        .replace("learning harm", "learning\nharm")
+    )
