@@ -56,7 +56,7 @@ def main() -> None:
     """Train by SVI, audit against exact maximum likelihood, and compare with the Kalman filter."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4000, help="steps of SVI")
-    parser.add_argument("--temperatures", type=int, default=100, help="of annealed sampling")
+    parser.add_argument("--temperatures", type=int, default=20, help="of annealed sampling")
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
 
@@ -84,7 +84,7 @@ def main() -> None:
     print(audit)
     assert audit.harm is not None
 
-    learned = [float(pyro.param(name)) for name in names]
+    learned = [float(pyro.param(name).detach()) for name in names]
     print(f"\n{'log evidence':14}{'lower':>10}{'estimate':>10}{'upper':>10}{'Kalman':>10}")
     for name, theta, evidence in (
         ("as learned", learned, audit.harm.train.learned),

@@ -57,7 +57,7 @@ class Particles:
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
-    """log (1/P) Σ exp(log_weights) along a dim.
+    """Log (1/P) Σ exp(log_weights) along a dim.
 
     >>> float(log_mean_exp(torch.tensor([0.0, 0.0])))
     0.0

@@ -5,7 +5,17 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-__all__ = ["html_table", "text_table"]
+__all__ = ["html_table", "nats", "text_table"]
+
+
+def nats(value: float, digits: int = 3) -> str:
+    """A number to fixed digits, without a negative zero.
+
+    >>> nats(-0.0001), nats(-1.5, 1)
+    ('0.000', '-1.5')
+    """
+    shown = f"{value:.{digits}f}"
+    return shown.lstrip("-") if not shown.strip("-0.") else shown
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

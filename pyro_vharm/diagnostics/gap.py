@@ -17,7 +17,7 @@ from pyro_vharm.model.data import Data
 from pyro_vharm.model.problem import Problem, prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
-from pyro_vharm.tables import html_table, text_table
+from pyro_vharm.tables import html_table, nats, text_table
 
 __all__ = ["InferenceGap", "inference_gap", "measure_gap"]
 
@@ -66,15 +66,9 @@ class InferenceGap:
                 rows.append([name, "unknown", "", ""])
                 continue
             total = units.total()
-            rows.append(
-                [
-                    name,
-                    f"{total.value:.3f}",
-                    f"± {total.mc_error:.3f}",
-                    f"{total.per_unit.value:.4f}",
-                ]
-            )
-        return text_table(["nats", "total", "", "per unit"], rows)
+            numbers = nats(total.value), nats(total.mc_error), nats(total.per_unit.value, 4)
+            rows.append([name, *numbers])
+        return text_table(["nats", "total", "mc error", "per unit"], rows)
 
     def _repr_html_(self) -> str:
         return html_table(str(self))

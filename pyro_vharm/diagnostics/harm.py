@@ -25,7 +25,7 @@ from pyro_vharm.model.data import Data
 from pyro_vharm.model.problem import Problem, prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
-from pyro_vharm.tables import html_table, text_table
+from pyro_vharm.tables import html_table, nats, text_table
 
 __all__ = [
     "EvidencePair",
@@ -191,17 +191,20 @@ def _total(units: UnitEstimates | None) -> Estimate | None:
 
 def _ledger_table(title: str, num_units: int, ledger: Mapping[str, Estimate | None]) -> str:
     sampled = any(e is not None and e.sampling_error is not None for e in ledger.values())
-    header = [f"{title}, {num_units} units", "total", "mc error", "per unit"]
+    header = [f"{title}, " + ("one joint unit" if num_units == 1 else f"{num_units} units")]
+    header += ["total", "mc error"]
+    header += ["per unit"] if num_units > 1 else []
     header += ["sampling error"] if sampled else []
-    return text_table(header, [_row(name, line, sampled) for name, line in ledger.items()])
+    rows = [_row(name, line)[: len(header)] for name, line in ledger.items()]
+    return text_table(header, [row + [""] * (len(header) - len(row)) for row in rows])
 
 
-def _row(name: str, total: Estimate | None, sampled: bool) -> list[str]:
+def _row(name: str, total: Estimate | None) -> list[str]:
     if total is None:
-        return [name, "unknown", "", "", *([""] if sampled else [])]
+        return [name, "unknown"]
     unit = total.per_unit
-    row = [name, f"{total.value:.3f}", f"{total.mc_error:.3f}", f"{unit.value:.4f}"]
-    return [*row, f"{unit.sampling_error:.4f}"] if sampled else row
+    row = [name, nats(total.value), nats(total.mc_error), nats(unit.value, 4)]
+    return row if unit.sampling_error is None else [*row, nats(unit.sampling_error, 4)]
 
 
 def learning_harm(

@@ -11,7 +11,7 @@ from pyro_vharm.diagnostics.gap import InferenceGap
 from pyro_vharm.diagnostics.harm import LearningHarm
 from pyro_vharm.estimates import Estimate
 from pyro_vharm.learning.reference import Reference
-from pyro_vharm.tables import html_table
+from pyro_vharm.tables import html_table, nats
 
 __all__ = ["Audit", "Verdict", "judge"]
 
@@ -82,55 +82,60 @@ def judge(harm: LearningHarm, material: float) -> Verdict:
     sentences = [sentence, _tried(harm)]
     if harm.heldout_harm is not None:
         sentences.append(_heldout(harm.heldout_harm))
-    if outcome != "no harm found":
-        sentences += [_cause(harm), _remedy(harm, outcome)]
+    if outcome == "harm":
+        sentences += [*_causes(harm), _remedy()]
     return Verdict(outcome, tuple(sentences))
 
 
 def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
     estimate, lower, upper = harm.harm, harm.train.lower(), harm.train.upper()
     gap = harm.learned.gap.total()
-    shown = f"{estimate.value:.2f} ± {estimate.mc_error:.2f} nats in total on the training data"
+    shown = f"{_shown(estimate)} nats in total on the training data"
     if lower is not None and lower.value > material:
-        certainty = "" if lower.confidence == 1 else f" ({lower.confidence:.0%} confidence)"
+        certainty = "" if lower.confidence == 1 else f" with {lower.confidence:.0%} confidence"
         return "harm", (
-            f"Learning lost at least {lower.value:.2f} nats{certainty}, {lower.kind}; the estimate "
-            f"is {shown}, {estimate.per_unit.value:.3f} per unit. The visible gap is "
-            f"{gap.value:.2f} nats: {_hidden(estimate, gap)}."
+            f"Learning lost at least {nats(lower.value, 2)} nats{certainty} ({lower.kind}); the "
+            f"estimate is {shown}{_per_unit(estimate)}. The visible gap is {nats(gap.value, 2)} "
+            f"nats: {_hidden(estimate, gap)}."
         )
     limit = estimate.value + 2 * estimate.mc_error
     limit = limit if upper is None else min(limit, upper.value)
     if limit < material:
         return "no harm found", (
-            f"The reference is better by {shown}; more than {max(limit, 0.0):.2f} nats would have "
-            f"been seen. Less than {material:g} nats in total is not called harm: one fitted "
-            f"parameter gains half a nat by chance. The visible gap is {gap.value:.2f} nats."
+            f"The reference is better by {shown}; more than {nats(max(limit, 0.0), 2)} nats would "
+            f"have been seen. Less than {material:g} nats in total is not called harm: one fitted "
+            f"parameter gains half a nat by chance. The visible gap is {nats(gap.value, 2)} nats."
         )
-    bound = "no bound is known" if lower is None else f"the lower bound is {lower.value:.2f}"
+    bound = "no bound is known" if lower is None else f"the lower bound is {nats(lower.value, 2)}"
     return "undecided", (
         f"The reference is better by {shown}, but {bound}, so harm of {material:g} nats can be "
         "neither shown nor ruled out. More particles or temperatures would narrow it."
     )
 
 
+def _shown(estimate: Estimate) -> str:
+    return f"{nats(estimate.value, 2)} ± {nats(estimate.mc_error, 2)}"
+
+
+def _per_unit(estimate: Estimate) -> str:
+    return f", {nats(estimate.per_unit.value)} per unit" if estimate.num_units > 1 else ""
+
+
 def _hidden(harm: Estimate, gap: Estimate) -> str:
-    if gap.value <= 0 or harm.value <= gap.value:
-        return "the harm is no larger than what can be seen"
+    if gap.value <= 2 * gap.mc_error:
+        return "nothing of the harm can be seen in it"
     return f"the harm is {harm.value / gap.value:.1f} times what can be seen"
 
 
 def _tried(harm: LearningHarm) -> str:
-    tried = "; ".join(
-        f"{a.name} (log evidence {a.log_evidence.value:.1f} ± {a.log_evidence.mc_error:.1f})"
-        for a in harm.reference.attempts
-    )
+    tried = "; ".join(map(str, harm.reference.attempts))
     return f"Relative to the best of what was tried: {tried}."
 
 
 def _heldout(heldout: Estimate) -> str:
     unit = heldout.per_unit
     error = (unit.mc_error**2 + (unit.sampling_error or 0.0) ** 2) ** 0.5
-    shown = f"{unit.value:.3f} ± {error:.3f} nats per unit"
+    shown = f"{nats(unit.value)} ± {nats(error)} nats per unit"
     if unit.value > 2 * error:
         return f"On held-out data the reference is better by {shown}."
     if unit.value < -2 * error:
@@ -145,40 +150,43 @@ def _positive(estimate: Estimate | None) -> bool:
     return estimate is not None and estimate.value > 2 * estimate.mc_error
 
 
-def _cause(harm: LearningHarm) -> str:
-    retrained, refitted, excess = harm.excess_retrained, harm.excess_refitted, harm.excess
-    if _positive(retrained):
-        return (
-            f"The ELBO itself is higher at the reference with the same guide retrained there, by "
-            f"{retrained.value:.2f} nats: it was not maximised, so the optimiser has a share."
+def _causes(harm: LearningHarm) -> list[str]:
+    causes = []
+    if _positive(harm.excess_retrained):
+        causes.append(
+            "The optimiser has a share: the ELBO itself is higher at the reference with the same "
+            f"guide retrained there, by {_shown(harm.excess_retrained)} nats, so it was not "
+            "maximised. Train longer, or from several starts."
         )
-    if refitted is not None and _positive(refitted):
-        return (
-            f"With q free for every unit the ELBO prefers the reference, by {refitted.value:.2f} "
-            "nats: the family alone does not explain the harm, the encoder has a share."
+    refitted, amortization = harm.excess_refitted, harm.learned.amortization
+    if refitted is not None and _positive(refitted) and amortization is not None:
+        causes.append(
+            "The family alone does not explain the harm: with q refitted to each unit at both "
+            f"ends the ELBO prefers the reference, by {_shown(refitted)} nats. The encoder costs "
+            f"{_shown(amortization.total())} nats as trained: more capacity, or more of its steps "
+            "per step of the model, may help."
         )
-    if excess is None or harm.reachability is None:
-        return "The guide's family could not be freed per unit, so its share is unknown."
+    return causes or [_family(harm)]
+
+
+def _family(harm: LearningHarm) -> str:
+    if harm.excess is None or harm.reachability is None:
+        return (
+            "The guide's family could not be freed for each unit, so its share is unknown; the "
+            f"ELBO at the reference is {nats(-harm.excess_retrained.value, 2)} nats lower."
+        )
     reach, gap = harm.reachability.total(), harm.learned.gap.total()
     return (
-        f"The ELBO is lower at the reference, by {-excess.value:.2f} nats: the family is "
-        f"{reach.value:.2f} nats from the reference's posteriors and {gap.value:.2f} from the "
-        "learned ones. That is what a family which bends the model looks like, but proves no more "
-        "than that the ELBO would not have chosen the reference."
+        f"The family is {_shown(reach)} nats from the reference's posteriors and {_shown(gap)} "
+        f"from the learned ones, so the ELBO is lower at the reference, by "
+        f"{nats(-harm.excess.value, 2)} nats. A family that bends the model looks like this; it is "
+        "no proof, as other maxima of the ELBO were not searched for. A richer family, or an "
+        "objective that bends the model less, would help."
     )
 
 
-def _remedy(harm: LearningHarm, outcome: Outcome) -> str:
-    advice = ""
-    if _positive(harm.excess_retrained):
-        advice = "Train longer, or from several starts. "
-    elif _positive(harm.excess_refitted):
-        advice = "Give the encoder more capacity or more steps per step of the model. "
-    elif harm.reachability is not None:
-        advice = "Use a richer guide family, or an objective that bends the model less. "
-    if outcome == "harm":
-        advice += (
-            "reference.apply() keeps the better parameters; ImportanceWeightedELBO in place of "
-            "Trace_ELBO trains toward them."
-        )
-    return advice.strip() or "Try a better learner."
+def _remedy() -> str:
+    return (
+        "audit.reference.apply() keeps the better parameters, with the guide retrained there; "
+        "training with ImportanceWeightedELBO in place of Trace_ELBO leads toward them."
+    )

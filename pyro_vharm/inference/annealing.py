@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind
 from pyro_vharm.inference.hamiltonian import hamiltonian_transition
-from pyro_vharm.inference.start import StartDensity, match_start
+from pyro_vharm.inference.start import StartDensity, match_gaussian, match_start
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.particles import (
     Particles,
@@ -27,6 +26,7 @@ __all__ = ["AnnealedImportanceSampling", "AnnealedPlan", "anneal_forward", "anne
 
 _PILOT_SWEEPS = 2
 _FIRST_STEP_SIZE = 0.5
+_PILOT_DRAWS, _PILOT_DRAWS_PER_DIM = 200, 20
 
 
 class AnnealedPlan(NamedTuple):
@@ -43,6 +43,12 @@ class AnnealedPlan(NamedTuple):
     temperatures: Tensor
     step_sizes: Tensor
     num_leapfrog: int
+
+
+class _Tuned(NamedTuple):
+    plan: AnnealedPlan
+    latents: Tensor
+    log_weights: Tensor
 
 
 class _Weighted(NamedTuple):
@@ -89,8 +95,8 @@ class AnnealedImportanceSampling:
     Forward, each particle's weight is an unbiased estimate of p(v_u; θ), so the log of their mean
     is a stochastic lower bound on log p(v_u; θ). The reverse runs start from the forward
     particles, resampled and moved on at β = 1: an upper bound *conditional* on those being
-    posterior draws. A pilot of the same length tunes the step sizes per unit and temperature, and
-    foresees the spread of the weights; then they are frozen.
+    posterior draws. A pilot refits the start density, tunes the step sizes per unit and temperature
+    and foresees the spread of the weights; then all are frozen.
 
     Args:
         num_particles: chains per unit and direction.
@@ -99,6 +105,8 @@ class AnnealedImportanceSampling:
         num_settling: transitions at β = 1 before the reverse run.
         prior_share: share of prior in the start density, in [0, 1).
         target_acceptance: what the pilot tunes step sizes to.
+        refit_start: let the pilot refit the Gaussian of the start density to where its particles
+            ended, so that a near-Gaussian posterior needs few temperatures in any dimension.
 
     Source: "Annealed Importance Sampling", Neal (2001); "Sandwiching the marginal likelihood using
     bidirectional Monte Carlo", Grosse, Ghahramani, Adams (2015).
@@ -110,6 +118,7 @@ class AnnealedImportanceSampling:
     num_settling: int = 10
     prior_share: float = 0.05
     target_acceptance: float = 0.75
+    refit_start: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_particles", "num_steps", "num_leapfrog"):
@@ -138,7 +147,7 @@ class AnnealedImportanceSampling:
         with tqdm(total=3, desc="annealing", disable=not progress, delay=2, leave=False) as bar:
             plan, variance = self.pilot(densities, start)
             bar.update()
-            latents = start.sample(densities, self.num_particles)
+            latents = plan.start.sample(densities, self.num_particles)
             forward = anneal_forward(densities, plan, latents)
             bar.update()
             log_weights, dropped = drop_nonfinite(forward.log_weights)
@@ -157,28 +166,50 @@ class AnnealedImportanceSampling:
         )
 
     def pilot(self, densities: UnitDensities, start: StartDensity) -> tuple[AnnealedPlan, Tensor]:
-        """Tune the step sizes on throw-away particles.
+        """Fix the plan on throw-away particles.
+
+        A first annealing run tunes step sizes and brings its particles to the posterior; moved on
+        at β = 1, they refit the Gaussian of the start density, covariance and all; a second run
+        from there tunes the step sizes anew.
 
         Returns:
-            the frozen plan, and var(w)/mean(w)² of the pilot's weights, shape ``(unit,)``.
+            the frozen plan, and var(w)/mean(w)² of the second run's weights, shape ``(unit,)``.
         """
+        first = self._tune(densities, start)
+        if not self.refit_start:
+            return first.plan, relative_variance(drop_nonfinite(first.log_weights)[0])
+        latents, draws = first.latents, []
+        wanted = _PILOT_DRAWS + _PILOT_DRAWS_PER_DIM * densities.dim
+        for _ in range(-(-wanted // self.num_particles)):
+            latents = self._adapt(densities, first.plan, -1, latents)
+            draws.append(latents)
+        refitted = replace(start, gaussian=match_gaussian(torch.cat(draws)))
+        second = self._tune(densities, refitted)
+        return second.plan, relative_variance(drop_nonfinite(second.log_weights)[0])
+
+    def _tune(self, densities: UnitDensities, start: StartDensity) -> _Tuned:
         temperatures = torch.linspace(
             0, 1, self.num_steps + 1, dtype=densities.dtype, device=densities.device
         )
         latents = start.sample(densities, self.num_particles)
         log_weights = torch.zeros(latents.shape[:2], dtype=latents.dtype, device=latents.device)
-        first = math.log(_FIRST_STEP_SIZE * densities.dim**-0.25)
-        log_step = torch.full_like(log_weights[0], first)
-        steps = torch.empty(self.num_steps, densities.num_units, dtype=densities.dtype)
-        plan = AnnealedPlan(start, temperatures, steps.to(densities.device), self.num_leapfrog)
+        first = torch.full_like(log_weights[0], _FIRST_STEP_SIZE * densities.dim**-0.25)
+        plan = AnnealedPlan(start, temperatures, first.repeat(self.num_steps, 1), self.num_leapfrog)
         for t, change in enumerate(temperatures.diff()):
             log_weights = log_weights + change * _log_ratio(densities, start, latents)
+            plan.step_sizes[t] = plan.step_sizes[max(t - 1, 0)]
             for _ in range(_PILOT_SWEEPS):
-                plan.step_sizes[t] = log_step.exp()
-                latents, accepted = _transition(densities, plan, t, latents)
-                log_step = log_step + (accepted.mean(0) - self.target_acceptance)
-            plan.step_sizes[t] = log_step.exp()
-        return plan, relative_variance(drop_nonfinite(log_weights)[0])
+                latents = self._adapt(densities, plan, t, latents)
+        return _Tuned(plan, latents, log_weights)
+
+    def _adapt(
+        self, densities: UnitDensities, plan: AnnealedPlan, t: int, latents: Tensor
+    ) -> Tensor:
+        """One transition, after which its step sizes are pulled toward the target acceptance."""
+        t = t % len(plan.step_sizes)
+        latents, accepted = _transition(densities, plan, t, latents)
+        plan.step_sizes[t] *= (accepted.mean(0) - self.target_acceptance).exp()
+        return latents
 
     def settle(self, densities: UnitDensities, plan: AnnealedPlan, latents: Tensor) -> Tensor:
         """Move particles on at β = 1."""

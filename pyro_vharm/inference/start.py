@@ -52,7 +52,7 @@ class UnitGaussian:
 
     @property
     def log_abs_det(self) -> Tensor:
-        """log |det L|, shape ``(unit,)``."""
+        """Log |det L|, shape ``(unit,)``."""
         return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def log_prob(self, latents: Tensor) -> Tensor:

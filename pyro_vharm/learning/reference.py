@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Estimate
+from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.evidence import InferenceMethod, estimate_evidence
-from pyro_vharm.inference.importance import ImportanceSampling
 from pyro_vharm.inference.quadrature import Quadrature
 from pyro_vharm.learning.training import Schedule, minimise, shuffled_passes
 from pyro_vharm.model.data import Batch, Data
@@ -23,7 +23,7 @@ from pyro_vharm.model.problem import Problem, capture_pair, prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
-from pyro_vharm.tables import html_table, text_table
+from pyro_vharm.tables import html_table
 
 __all__ = [
     "Attempt",
@@ -37,7 +37,7 @@ __all__ = [
 
 type Fresh = Callable[[], tuple[PyroFunction, PyroFunction]]
 
-_MONITOR_PARTICLES = 500
+_MONITOR = AnnealedImportanceSampling(num_particles=8, num_steps=5)
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,17 @@ class Attempt:
 
     Attributes:
         name: learner and start.
-        log_evidence: what it reached on the training data, by random numbers of its own.
+        log_evidence: what it reached on the training data, by random numbers of its own; ``None``
+            for parameters handed in, which nothing competes with.
     """
 
     name: str
-    log_evidence: Estimate
+    log_evidence: Estimate | None
+
+    def __str__(self) -> str:
+        if self.log_evidence is None:
+            return self.name
+        return f"{self.name} (log evidence {self.log_evidence})"
 
 
 @dataclass(frozen=True)
@@ -164,11 +170,9 @@ class Reference:
         phi.assign(self.guide_values)
 
     def __str__(self) -> str:
-        rows = [
-            [a.name, f"{a.log_evidence.value:.3f}", f"± {a.log_evidence.mc_error:.3f}"]
-            for a in self.attempts
-        ]
-        return "\n".join([text_table(["reference", "log evidence", ""], rows), *self.notes])
+        return "\n".join(
+            ["reference parameters, the best of:", *map(str, self.attempts), *self.notes]
+        )
 
     def _repr_html_(self) -> str:
         return html_table(str(self))
@@ -226,8 +230,10 @@ def train_reference(
         with pyro.get_param_store().scope(started.store):
             candidates.append(_attempt(started.problem, learner, f"{name}, afresh", progress))
     notes = [started] if isinstance(started, str) else []
-    best = max(candidates, key=lambda c: c.attempt.log_evidence.value)
-    return _finish(problem, learner, best, tuple(c.attempt for c in candidates), notes, progress)
+    best = max(candidates, key=lambda candidate: candidate.log_evidence.value)
+    attempts = tuple(Attempt(c.name, c.log_evidence) for c in candidates)
+    guide_values = _retrain(problem, learner, best.model_values, best.guide_values, progress)
+    return Reference(best.model_values, guide_values, attempts, tuple(notes), problem)
 
 
 def given_reference(
@@ -243,17 +249,15 @@ def given_reference(
         InputError: if names, shapes or constraints do not fit the model.
     """
     values = problem.model_parameters.unconstrain(parameters, "reference")
-    with problem.model_parameters.at(values):
-        evidence = _monitor(problem)
-    candidate = _Candidate(
-        Attempt("handed in", evidence), values, problem.guide_parameters.values()
-    )
-    return _finish(problem, learner, candidate, (candidate.attempt,), [], progress)
+    before = problem.guide_parameters.values()
+    guide_values = _retrain(problem, learner, values, before, progress)
+    return Reference(values, guide_values, (Attempt("handed in", None),), (), problem)
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    attempt: Attempt
+    name: str
+    log_evidence: Estimate
     model_values: Mapping[str, Tensor]
     guide_values: Mapping[str, Tensor]
 
@@ -264,7 +268,7 @@ def _attempt(
     theta, phi = problem.model_parameters, problem.guide_parameters
     with theta.at(theta.values()), phi.at(phi.values()):
         learner.learn(problem, progress)
-        return _Candidate(Attempt(name, _monitor(problem)), theta.values(), phi.values())
+        return _Candidate(name, _monitor(problem), theta.values(), phi.values())
 
 
 class _FreshStart(NamedTuple):
@@ -298,22 +302,21 @@ def _start_afresh(problem: Problem, fresh: Fresh | None) -> _FreshStart | str:
     return _FreshStart(again, store)
 
 
-def _finish(
+def _retrain(
     problem: Problem,
     learner: ImportanceWeightedLearner,
-    best: _Candidate,
-    attempts: tuple[Attempt, ...],
-    notes: Sequence[str],
+    model_values: Mapping[str, Tensor],
+    guide_values: Mapping[str, Tensor],
     progress: bool,
-) -> Reference:
-    theta, phi = problem.model_parameters, problem.guide_parameters
-    with theta.at(best.model_values), phi.at(best.guide_values):
+) -> dict[str, Tensor]:
+    """φ retrained at given θ, from given φ."""
+    with problem.model_parameters.at(model_values), problem.guide_parameters.at(guide_values):
         learner.retrain_guide(problem, progress)
-        return Reference(best.model_values, phi.values(), attempts, tuple(notes), problem)
+        return problem.guide_parameters.values()
 
 
 def _monitor(problem: Problem) -> Estimate:
-    method: InferenceMethod = (
-        Quadrature() if problem.densities[0].dim <= 2 else ImportanceSampling(_MONITOR_PARTICLES)
-    )
+    """Log evidence as a learner left it, to choose between attempts and for nothing else."""
+    small = problem.densities[0].dim <= 2
+    method: InferenceMethod = Quadrature() if small else _MONITOR
     return estimate_evidence(problem.densities, method).per_unit.total()

@@ -61,7 +61,7 @@ def elbo_over_batches(problem: Problem, num_particles: int) -> UnitEstimates:
 
 
 def refitted_elbo(problem: Problem, refit: Refit, *, progress: bool) -> UnitEstimates | None:
-    """max over q in the guide's family, separately for each unit, of L(θ, q), from below.
+    """Max over q in the guide's family, separately for each unit, of L(θ, q), from below.
 
     The arguments of the guide's distributions are freed for each unit and optimised from where
     the guide has them. Where they cannot be freed and the data are one joint unit, the guide's

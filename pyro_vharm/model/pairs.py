@@ -100,9 +100,7 @@ def run_model(
     return ModelTerms(_sum_sites(sites, trace, layout, num_particles), site_scale(sites[0]))
 
 
-def _sum_sites(
-    sites: list[Site], trace: Trace, layout: UnitLayout, num_particles: int
-) -> Tensor:
+def _sum_sites(sites: list[Site], trace: Trace, layout: UnitLayout, num_particles: int) -> Tensor:
     num_units = _num_units(trace, layout)
     terms = [layout.by_unit(site_log_prob(s), num_particles, num_units) for s in sites]
     return sum(terms[1:], start=terms[0])

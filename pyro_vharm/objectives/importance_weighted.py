@@ -64,7 +64,9 @@ def importance_weighted_bound(
     values, weights = _bound_and_weights(at.log_joint, drawn.log_guide, num_particles)
     for name, value in latents.items():
         if value.requires_grad:
-            value.register_hook(_scaled_by(layout.over_site(weights, drawn.latent_event_dims[name])))
+            value.register_hook(
+                _scaled_by(layout.over_site(weights, drawn.latent_event_dims[name]))
+            )
     shares = weights / num_replicates
     surrogate = (shares * at.log_joint).sum()
 
