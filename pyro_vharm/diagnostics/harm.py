@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
 from pyro_vharm.errors import InputError
@@ -69,7 +69,7 @@ class EvidencePair:
         return None if above is None else _difference(above, below, "upper")
 
 
-def _difference(first: Bound, second: Bound, side: Any) -> Bound:
+def _difference(first: Bound, second: Bound, side: Literal["lower", "upper"]) -> Bound:
     confidence = first.confidence + second.confidence - 1
     return Bound(first.value - second.value, side, max(first.kind, second.kind), confidence)
 
@@ -83,7 +83,7 @@ class LearningHarm:
         reference_gap: the gap at θ_ref with the guide retrained there, on training data.
         reference: θ_ref and where it came from.
         heldout: evidence of held-out units at both, ``None`` without held-out data.
-        heldout_elbo: L(θ̂, q̂) of the held-out units; ``None`` if the guide cannot be evaluated there.
+        heldout_elbo: L(θ̂, q̂) of the held-out units; ``None`` without a guide there.
         notes: what could not be done, and why.
     """
 

@@ -20,7 +20,9 @@ __all__ = ["Quadrature"]
 
 _ROWS_PER_PASS = 2**20
 _DEPTH = 32.0  # nats below the maximum at which the density is cut off: e⁻³² ≈ 1e-14
+_OPEN = 15.0  # a face within so many nats of the maximum leaves mass outside that nobody saw
 _SCOUTS = 512
+_CLIMBERS, _CLIMBING_STEPS = 8, 60
 
 
 class _Box(NamedTuple):
@@ -37,7 +39,7 @@ class Quadrature:
     For a smooth density that vanishes at the ends of the box the rule converges faster than any
     power of the spacing ("The Exponentially Convergent Trapezoidal Rule", Trefethen, Weideman,
     2014). The box is laid in the coordinates of the start density's Gaussian: it starts from
-    where draws of guide and prior find density, grows while any face lies within 32 nats of the
+    where draws of guide and prior, and climbs from some of them, find density, grows while any face lies within 32 nats of the
     maximum, and shrinks to what holds density, so that a second mode under the prior is kept.
     The error of a unit is the difference of its last two rules, plus what an open face could
     hide, plus rounding.
@@ -87,8 +89,9 @@ class Quadrature:
             return self._refine(densities, start, box, progress)
 
     def _find_box(self, densities: UnitDensities, start: StartDensity) -> _Box:
-        scouts = start.gaussian.whiten(start.sample(densities, _SCOUTS))
-        scout_values = _log_density(densities, start, scouts)
+        scouts, scout_values = _climb(
+            densities, start, start.gaussian.whiten(start.sample(densities, _SCOUTS))
+        )
         best = scout_values.argmax(0)[None, :, None].expand(1, -1, densities.dim)
         box = _pad(
             _hull(scouts, scout_values, scout_values.amax(0), scouts.gather(0, best)[0]), 0.5
@@ -134,6 +137,35 @@ class Quadrature:
         )
 
 
+def _climb(
+    densities: UnitDensities, start: StartDensity, scouts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add to the scouts what the best of them reach by compass search, for narrow or far peaks.
+
+    Each climber tries a step of its own length along each axis both ways, takes the best, and
+    doubles the length on success or halves it.
+    """
+    values = _log_density(densities, start, scouts)
+    count, num_units, dim = scouts.shape
+    top = values.topk(_CLIMBERS, 0).indices
+    spread = torch.randint(count, (_CLIMBERS, num_units), device=scouts.device)
+    index = torch.cat([top, spread])[..., None].expand(-1, -1, dim)
+    at, height = scouts.gather(0, index), values.gather(0, index[..., 0])
+    eye = torch.eye(dim, dtype=scouts.dtype, device=scouts.device)
+    compass = torch.cat([eye, -eye])
+    length = torch.full_like(height, 0.5)
+    for _ in range(_CLIMBING_STEPS):
+        tried = at + length[..., None] * compass[:, None, None]
+        heights = _log_density(densities, start, tried.flatten(0, 1)).unflatten(0, tried.shape[:2])
+        highest, which = heights.max(0)
+        up = highest > height
+        moved = tried.gather(0, which[None, ..., None].expand(1, -1, -1, dim))[0]
+        at = torch.where(up[..., None], moved, at)
+        height = torch.where(up, highest, height)
+        length = torch.where(up, 2.0, 0.5) * length
+    return torch.cat([scouts, at]), torch.cat([values, height])
+
+
 def _coarse(dim: int) -> int:
     return 129 if dim == 1 else 33
 
@@ -171,14 +203,18 @@ def _pad(box: _Box, least: float) -> _Box:
 
 
 def _open_faces(values: Tensor, count: int, dim: int) -> Tensor:
-    """What mass beyond the faces could add: as much as `count` more cells like the outermost."""
+    """What mass beyond the faces could add: as much as `count` more cells like the outermost.
+
+    Infinite where a face is so high that the density need not fall at all outside.
+    """
     shaped = values.reshape(*[count] * dim, -1)
-    total = torch.logsumexp(values, 0)
+    total, peak = torch.logsumexp(values, 0), values.amax(0)
     outside = torch.zeros_like(total)
     for axis in range(dim):
         for end in (0, count - 1):
             face = shaped.select(axis, end).reshape(-1, values.shape[-1])
             outside = outside + count * torch.exp(torch.logsumexp(face, 0) - total)
+            outside = outside.masked_fill(face.amax(0) > peak - _OPEN, math.inf)
     return torch.log1p(outside)
 
 

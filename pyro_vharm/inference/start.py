@@ -38,16 +38,18 @@ class UnitGaussian:
 
     def scale(self, noise: Tensor) -> Tensor:
         """L · noise, for ``(particle, unit, dim)``."""
-        return torch.einsum("uij,puj->pui", self.scale_tril, noise)
+        scaled: Tensor = torch.einsum("uij,puj->pui", self.scale_tril, noise)
+        return scaled
 
     def scale_transposed(self, vector: Tensor) -> Tensor:
         """Lᵀ · vector, for ``(particle, unit, dim)``."""
-        return torch.einsum("uij,pui->puj", self.scale_tril, vector)
+        scaled: Tensor = torch.einsum("uij,pui->puj", self.scale_tril, vector)
+        return scaled
 
     def whiten(self, latents: Tensor) -> Tensor:
         """L⁻¹ (latents − mean), for ``(particle, unit, dim)``."""
         centred = (latents - self.mean).permute(1, 2, 0)
-        solved = torch.linalg.solve_triangular(self.scale_tril, centred, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(self.scale_tril, centred, upper=False)
         return solved.permute(2, 0, 1)
 
     @property

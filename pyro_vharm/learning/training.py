@@ -74,8 +74,8 @@ def minimise(
                     f"{description}: no finite gradient in ten steps; try a smaller learning_rate "
                     f"than {schedule.learning_rate}"
                 )
-            for leaf, gradient in zip(leaves, gradients, strict=True):
-                leaf.grad = gradient if usable else None
+            for leaf, found in zip(leaves, gradients, strict=True):
+                leaf.grad = found if usable else None
             optimizer.step()
             rates.step()
     finally:

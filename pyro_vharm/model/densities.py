@@ -1,4 +1,4 @@
-"""Plain functions of tensors for one batch: log p(v, h; θ) per unit, and draws from prior and guide.
+"""Plain functions of tensors for one batch: log p(v, h; θ) per unit, draws from prior and guide.
 
 Latents are packed as ``(particle, unit, dim)`` on the unconstrained scale; densities carry the
 Jacobian of the transform. θ and φ are read live from the user's callables, so that these functions

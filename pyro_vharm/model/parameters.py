@@ -81,7 +81,7 @@ class Parameters:
         value = torch.as_tensor(value, dtype=leaf.dtype, device=leaf.device)
         if not bool(constraint.check(value).all()):
             raise InputError(f"{argument}[{name!r}] = {value} breaks the constraint {constraint}")
-        unconstrained = transform_to(constraint).inv(value)
+        unconstrained: Tensor = transform_to(constraint).inv(value)
         if unconstrained.shape != leaf.shape:
             raise InputError(
                 f"{argument}[{name!r}] has unconstrained shape {tuple(unconstrained.shape)}, "

@@ -110,7 +110,8 @@ def trace_particles(
 def site_log_prob(site: Site) -> Tensor:
     """The site's log density: masked, without the scale of subsampling or ``poutine.scale``."""
     log_prob: Tensor = site["fn"].log_prob(site["value"])
-    return scale_and_mask(log_prob, 1.0, site["mask"])
+    masked: Tensor = scale_and_mask(log_prob, 1.0, site["mask"])
+    return masked
 
 
 def latent_sites(trace: Trace) -> list[Site]:

@@ -88,7 +88,8 @@ def find_unit_plate(latents: Sequence[Site], observed: Sequence[Site]) -> str | 
     plates = [{f.name: f.dim for f in s["cond_indep_stack"] if f.vectorized} for s in sites]
     common = set.intersection(*(set(p) for p in plates))
     if common:
-        return min(common, key=lambda name: plates[0][name])
+        outermost: str = min(common, key=lambda name: plates[0][name])
+        return outermost
     every = set().union(*plates)
     if every:
         outside = {

@@ -1,4 +1,4 @@
-"""Checks made once, before any long work: what a model and guide must satisfy, in the user's words."""
+"""Checks made once, before any long work: what model, guide and data must satisfy."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def check_deterministic(densities: UnitDensities, latents: Tensor) -> None:
     if not torch.equal(first.nan_to_num(), second.nan_to_num()):
         raise InputError(
             "the model's log density differs between two calls at the same latents: it has random "
-            f"operations outside pyro.sample ({_subsampling(densities.trace_at(latents)[0])}); make "
-            "it deterministic given its latents and parameters"
+            f"operations outside pyro.sample ({_subsampling(densities.trace_at(latents)[0])}); "
+            "make it deterministic given its latents and parameters"
         )
 
 

@@ -166,7 +166,7 @@ class ImportanceWeightedELBO(ELBO):  # type: ignore[misc]
     ) -> float:
         """An estimate of the loss; its gradients are added to the parameters' ``.grad``."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return float(loss.detach())
 
     def _find_layout(self, model: PyroFunction, guide: PyroFunction, batch: Batch) -> UnitLayout:

@@ -1,0 +1,40 @@
+# Finds a Python >= 3.12 that runs, makes .venv with everything in it, and runs the project's jobs.
+.DELETE_ON_ERROR:
+.PHONY: demo test slow lint types docs examples clean
+
+VENV := .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+demo: $(READY)
+	$(RUN)/python examples/digits_vae.py
+
+test: $(READY)
+	$(RUN)/python -m pytest -m "not slow"
+
+slow: $(READY)
+	$(RUN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: $(READY)
+	$(RUN)/mypy
+
+docs: $(READY)
+	$(RUN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
+examples: $(READY)
+	$(RUN)/python examples/digits_vae.py --epochs 3 --reference-steps 30 --out out/ci
+	$(RUN)/python examples/two_causes.py --steps 100 --out out/ci
+	$(RUN)/python examples/nile.py --steps 200 --temperatures 3 --out out/ci
+
+$(READY): pyproject.toml .ci/find_python
+	PYTHON="$$(sh .ci/find_python)" && "$$PYTHON" -m venv --clear $(VENV)
+	$(RUN)/python -m pip install --quiet --upgrade pip
+	$(RUN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out docs/_build

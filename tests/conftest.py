@@ -1,0 +1,31 @@
+import warnings
+
+import matplotlib
+import pyro
+import pytest
+import torch
+
+from tests.statistics import SEED
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    """Double precision, an empty param store, fixed random numbers and validation for each test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(SEED)
+    pyro.enable_validation(True)
+    yield
+    torch.set_default_dtype(before)
+    pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
+def no_third_party_deprecations():
+    """Warnings of our own are errors; deprecations inside the host libraries are not ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(pyro|torch)\.")
+        yield
