@@ -155,7 +155,7 @@ def _densities(
         dtype=values[0].dtype,
         device=values[0].device,
     )
-    with torch.no_grad(), reporting("model or guide, under a plate of particles,"):
+    with torch.no_grad(), reporting("model or guide", particles=True):
         draw = densities.draw_prior if guide is None else densities.draw_guide
         latents = draw(16).latents
         check_finite(densities, latents)
