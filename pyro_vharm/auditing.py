@@ -21,6 +21,7 @@ from pyro_vharm.model.data import Data
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
+from pyro_vharm.tables import nats
 
 __all__ = ["audit"]
 
@@ -101,6 +102,6 @@ def _without_parameters(gap: InferenceGap) -> Verdict:
         "no harm found",
         (
             "The model has no parameters, so nothing was learned and nothing could be harmed; the "
-            f"inference gap is {gap.gap.total().value:.2f} nats.",
+            f"inference gap is {nats(gap.gap.total().value, 2)} nats.",
         ),
     )

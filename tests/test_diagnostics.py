@@ -87,8 +87,13 @@ def test_closed_form_harm_gap_reachability_and_excess(effects):
 def test_law_6_the_ledger_adds_up(effects):
     set_tied(1.1)
     harm = vh.learning_harm(
-        tied_model, tied_guide, (effects,), reference={"a": 1.4}, heldout=(effects[:20],),
-        refit=vh.Refit(num_steps=5, num_particles=50), progress=False,
+        tied_model,
+        tied_guide,
+        (effects,),
+        reference={"a": 1.4},
+        heldout=(effects[:20],),
+        refit=vh.Refit(num_steps=5, num_particles=50),
+        progress=False,
     )
     lines = {name: line.value for name, line in harm.ledger().items()}
     top = lines["log evidence at reference"]
@@ -184,12 +189,18 @@ def test_null_control_probabilistic_pca_rotates_for_free():
 
 
 def test_undecided_when_the_bounds_are_too_wide(effects):
-    exact, learned = optima(effects)
+    exact, _ = optima(effects)
     set_tied(exact * 0.97)
     audit = vh.audit(
-        tied_model, tied_guide, (effects,), reference={"a": exact}, material=1e-3,
+        tied_model,
+        tied_guide,
+        (effects,),
+        reference={"a": exact},
+        material=1e-3,
         method=vh.AnnealedImportanceSampling(num_particles=2, num_steps=1, num_leapfrog=1),
-        learner=LEARNER, refit=vh.Refit(num_steps=5, num_particles=50), progress=False,
+        learner=LEARNER,
+        refit=vh.Refit(num_steps=5, num_particles=50),
+        progress=False,
     )
     assert audit.verdict.outcome == "undecided"
 
@@ -294,13 +305,35 @@ def test_heldout_data_where_the_guide_has_parameters_per_datum(effects):
     guide = AutoNormal(tied_model)
     guide(effects)
     audit = vh.audit(
-        tied_model, guide, (effects,), heldout=(effects[:11],), reference={"a": 1.5},
-        learner=vh.ImportanceWeightedLearner(guide_steps=5), refit=vh.Refit(5), progress=False,
+        tied_model,
+        guide,
+        (effects,),
+        heldout=(effects[:11],),
+        reference={"a": 1.5},
+        learner=vh.ImportanceWeightedLearner(guide_steps=5),
+        refit=vh.Refit(5),
+        progress=False,
     )
     assert audit.harm.heldout is not None and audit.harm.heldout_elbo is None
     assert "the guide was left out on held-out data" in str(audit)
     truth = closed(effects[:11], 1.5)[0] - closed(effects[:11], 1.2)[0]
     assert audit.harm.heldout_harm.value == pytest.approx(truth, abs=1e-6)
+
+
+def test_as_many_heldout_units_as_training_units_do_not_get_their_guide(effects):
+    set_tied(1.2)
+    guide = AutoNormal(tied_model)
+    guide(effects)
+    harm = vh.learning_harm(
+        tied_model,
+        guide,
+        (effects,),
+        heldout=(effects.flip(0),),
+        reference={"a": 1.5},
+        refit=vh.Refit(5),
+        progress=False,
+    )
+    assert harm.heldout_elbo is None and "whatever the data" in harm.notes[0]
 
 
 def test_a_model_without_parameters_has_a_gap_and_no_harm():
@@ -343,9 +376,7 @@ def test_learning_starts_where_told(effects):
     with pytest.raises(vh.InputError, match="holds the trained parameters"):
         vh.learn_reference(model, (effects,), fresh=lambda: (model, tied_guide), **arguments)
     with pytest.raises(vh.InputError, match="names and shapes"):
-        vh.learn_reference(
-            model, (effects,), fresh=lambda: (tied_model, tied_guide), **arguments
-        )
+        vh.learn_reference(model, (effects,), fresh=lambda: (tied_model, tied_guide), **arguments)
 
 
 def test_minibatches_learn_the_same_parameters(effects):

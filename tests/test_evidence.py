@@ -160,8 +160,10 @@ def test_quadrature_says_so_when_it_has_not_converged():
 def test_same_seed_same_numbers_and_batches_add_up():
     case = linear_gaussian()
     (v,) = case.data
-    runs = [log_evidence(case.model, (v,), guide=case.guide, method=ANNEALED, seed=s, progress=False)
-            for s in (1, 1, 2)]
+    runs = [
+        log_evidence(case.model, (v,), guide=case.guide, method=ANNEALED, seed=s, progress=False)
+        for s in (1, 1, 2)
+    ]
     values = [run.per_unit.values for run in runs]
     assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
     batched = log_evidence(case.model, list(v.split(2)), guide=case.guide, progress=False)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Bound, Estimate, UnitEstimates
@@ -22,6 +24,8 @@ from pyro_vharm.learning.reference import (
 )
 from pyro_vharm.learning.refit import Refit, elbo_over_batches
 from pyro_vharm.model.data import Data
+from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.pairs import run_guide
 from pyro_vharm.model.problem import Problem, prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
@@ -116,7 +120,11 @@ class LearningHarm:
 
     @property
     def excess(self) -> Estimate | None:
-        """E = L(θ_ref, q refitted per unit) − L(θ̂, q̂), identically H + G − R."""
+        """E = L(θ_ref, q refitted per unit) − L(θ̂, q̂), identically H + G − R.
+
+        If positive, L was not maximised over θ and a q free for each unit; whether the trained
+        guide could have followed is what `excess_retrained` says.
+        """
         return _total_difference(self.reference_gap.refitted_elbo, self.learned.elbo)
 
     @property
@@ -277,11 +285,30 @@ def prepare_heldout(
     plate = problem.layout.plate
     try:
         held = prepare(problem.model, problem.guide, heldout, unit_plate=plate, name="heldout")
-        notes: tuple[str, ...] = ()
+        if not _same_guide_density(problem, held):
+            return held, ()
+        reason = "it gives held-out units the densities of training units, whatever the data"
     except InputError as error:
-        held = prepare(problem.model, None, heldout, unit_plate=plate, name="heldout")
-        notes = (f"the guide was left out on held-out data, where it raised: {error}",)
-    return held, notes
+        reason = f"it raised: {str(error).splitlines()[0]}"
+    held = prepare(problem.model, None, heldout, unit_plate=plate, name="heldout")
+    return held, (f"the guide was left out on held-out data: {reason}",)
+
+
+def _same_guide_density(train: Problem, heldout: Problem) -> bool:
+    """Whether the guide does not look at the data: its parameters belong to the training units."""
+    first, second = train.densities[0], heldout.densities[0]
+    if train.guide is None or first.num_units != second.num_units or first.layout.plate is None:
+        return False
+    with torch.no_grad():
+        drawn = run_guide(train.guide, first.batch, first.layout, 2)
+        again = run_guide(train.guide, second.batch, second.layout, 2, drawn.values)
+    return torch.equal(drawn.log_guide, again.log_guide) and not _same_arguments(first, second)
+
+
+def _same_arguments(first: UnitDensities, second: UnitDensities) -> bool:
+    latents = torch.zeros(1, first.num_units, first.dim, dtype=first.dtype, device=first.device)
+    with torch.no_grad():
+        return torch.equal(first.log_joint(latents), second.log_joint(latents))
 
 
 def measure_harm(

@@ -106,10 +106,15 @@ def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
             f"have been seen. Less than {material:g} nats in total is not called harm: one fitted "
             f"parameter gains half a nat by chance. The visible gap is {nats(gap.value, 2)} nats."
         )
-    bound = "no bound is known" if lower is None else f"the lower bound is {nats(lower.value, 2)}"
+    if lower is None:
+        grounds = "the method has no upper bound on the log evidence as learned"
+        mend = "Use AnnealedImportanceSampling, or Quadrature."
+    else:
+        grounds = f"the lower bound is {nats(lower.value, 2)}"
+        mend = "More particles, temperatures or nodes would narrow it."
     return "undecided", (
-        f"The reference is better by {shown}, but {bound}, so harm of {material:g} nats can be "
-        "neither shown nor ruled out. More particles or temperatures would narrow it."
+        f"The reference is better by {shown}, but {grounds}, so harm of {material:g} nats can be "
+        f"neither shown nor ruled out. {mend}"
     )
 
 

@@ -67,6 +67,11 @@ class ImportanceWeightedLearner:
                 "is the ELBO, which is no better learner"
             )
 
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {self.batch_size}")
+        Schedule(self.num_steps, self.learning_rate)
+        Schedule(self.guide_steps, self.learning_rate)
+
     def learn(self, problem: Problem, progress: bool) -> None:
         """Train θ and φ, in place."""
         leaves = problem.model_parameters.trainable() + problem.guide_parameters.trainable()

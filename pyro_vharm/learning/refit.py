@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind, UnitEstimates
 from pyro_vharm.learning.training import Schedule, minimise
 from pyro_vharm.model.densities import UnitDensities
@@ -35,6 +36,13 @@ class Refit:
     learning_rate: float = 0.05
     num_replicates: int = 8
     num_particles: int = 400
+
+    def __post_init__(self) -> None:
+        Schedule(self.num_steps, self.learning_rate)
+        if self.num_replicates < 1:
+            raise InputError(f"num_replicates must be at least 1, not {self.num_replicates}")
+        if self.num_particles < 2:
+            raise InputError(f"num_particles must be at least 2, not {self.num_particles}")
 
     @property
     def schedule(self) -> Schedule:

@@ -83,7 +83,8 @@ def prepare(
         name: the argument's name, for messages.
 
     Raises:
-        InputError: see DESIGN.md, section 6.
+        InputError: if model, guide and data do not fit together, or are of a kind that is not
+            supported; the message names the site or argument.
     """
     batches = as_batches(data, name)
     densities = [_densities(model, guide, batch, unit_plate) for batch in batches]

@@ -22,6 +22,7 @@ from pyro_vharm.model.units import UnitLayout
 __all__ = [
     "FixedSites",
     "UnconstrainedSites",
+    "is_masked",
     "is_point_mass",
     "latent_sites",
     "observed_sites",
@@ -138,10 +139,18 @@ def _sample_sites(trace: Trace) -> list[Site]:
 
 def is_point_mass(site: Site) -> bool:
     """Whether the site's distribution is a Delta, perhaps wrapped."""
-    fn = site["fn"]
-    while not isinstance(fn, dist.Delta) and hasattr(fn, "base_dist"):
+    return _wraps(site["fn"], dist.Delta)
+
+
+def is_masked(site: Site) -> bool:
+    """Whether the site's distribution itself carries a mask."""
+    return _wraps(site["fn"], dist.MaskedDistribution)
+
+
+def _wraps(fn: Any, kind: type) -> bool:
+    while not isinstance(fn, kind) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
+    return isinstance(fn, kind)
 
 
 def unconstrained_shape(site: Site) -> tuple[int, ...]:

@@ -49,8 +49,18 @@ class UnitLayout:
 
         Returns:
             shape ``(particle, unit)``.
+
+        Raises:
+            InputError: if there are batch dims beyond the plates.
         """
         missing = self.max_plate_nesting + 1 - log_prob.dim()
+        if missing < 0:
+            raise InputError(
+                f"a log density has batch shape {tuple(log_prob.shape)} where plates are nested "
+                f"{self.max_plate_nesting} deep: a site is broadcast to batch dims that belong to "
+                "no plate, often because a latent's batch dims were not kept apart from its event "
+                "dims; index event dims from the right"
+            )
         full = log_prob.reshape((1,) * missing + log_prob.shape)
         full = self.unit_second(full)
         full = full.expand(num_particles, num_units, *full.shape[2:])
@@ -128,30 +138,35 @@ def unit_layout(
     sites = [*latents, *observed, *guide_sites]
     nesting = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
     plate = find_unit_plate(latents, observed) if unit_plate is None else unit_plate
-    dim = None
-    if plate is not None:
-        dims = {s["name"]: _plate_dim(s, plate) for s in sites}
-        model_outside = [s["name"] for s in (*latents, *observed) if dims[s["name"]] is None]
-        if model_outside:
-            raise InputError(
-                f"unit_plate={plate!r} does not hold the sites {model_outside}; leave unit_plate "
-                "out to treat all the data as one joint unit, or move them into the plate"
-            )
-        guide_outside = [s["name"] for s in guide_sites if dims[s["name"]] is None]
-        if guide_outside:
-            raise InputError(
-                f"the guide's sites {guide_outside} lie outside the unit plate {plate!r}, so "
-                "log q cannot be evaluated per unit; use a guide that samples inside the plate "
-                "(AutoNormal does; AutoMultivariateNormal and its kin do not)"
-            )
-        dim = dims[latents[0]["name"]]
-        if any(other != dim for other in dims.values()):
-            raise InputError(
-                f"the unit plate {plate!r} has different dims at different sites, {dims}; give "
-                "pyro.plate the same dim= in model and guide"
-            )
+    dim = None if plate is None else _unit_dim(plate, [*latents, *observed], guide_sites)
     _check_scale(sites, plate)
     return UnitLayout(plate, dim, max(nesting, default=0))
+
+
+def _unit_dim(plate: str, model_sites: Sequence[Site], guide_sites: Sequence[Site]) -> int:
+    """The batch dim of the unit plate, which every site must be in."""
+    model_dims = {site["name"]: _plate_dim(site, plate) for site in model_sites}
+    outside = [name for name, dim in model_dims.items() if dim is None]
+    if outside:
+        raise InputError(
+            f"unit_plate={plate!r} does not hold the sites {outside}; leave unit_plate out to "
+            "treat all the data as one joint unit, or move them into the plate"
+        )
+    guide_dims = {site["name"]: _plate_dim(site, plate) for site in guide_sites}
+    outside = [name for name, dim in guide_dims.items() if dim is None]
+    if outside:
+        raise InputError(
+            f"the guide's sites {outside} lie outside the unit plate {plate!r}, so log q cannot be "
+            "evaluated per unit; use a guide that samples inside the plate (AutoNormal does; "
+            "AutoMultivariateNormal and its kin do not)"
+        )
+    dims = {dim for dim in (*model_dims.values(), *guide_dims.values()) if dim is not None}
+    if len(dims) > 1:
+        raise InputError(
+            f"the unit plate {plate!r} has different dims at different sites: {model_dims} in the "
+            f"model, {guide_dims} in the guide; give pyro.plate the same dim= everywhere"
+        )
+    return dims.pop()
 
 
 def _plate_dim(site: Site, plate: str) -> int | None:

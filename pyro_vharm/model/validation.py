@@ -18,6 +18,7 @@ from pyro_vharm.errors import InputError
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.tracing import (
     FixedSites,
+    is_masked,
     is_point_mass,
     latent_sites,
     observed_sites,
@@ -99,7 +100,7 @@ def check_latents(latents: Sequence[Site]) -> None:
                 f"the latent {name!r} ({type(site['fn']).__name__}) is discrete; only continuous "
                 "latents are supported: sum it out in the model first"
             )
-        if site["mask"] is not None:
+        if site["mask"] is not None or is_masked(site):
             raise InputError(
                 f"the latent {name!r} is masked, so its prior is improper where the mask is False; "
                 "mask observed sites only"

@@ -1,0 +1,283 @@
+"""Every refusal: raised before any long work, naming the argument, what was received, the mend."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
+from torch import nn
+
+import pyro_vharm as vh
+
+V = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def model(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+
+def guide(v):
+    with pyro.plate("units", len(v)):
+        pyro.sample("h", dist.Normal(0.5 * v, 0.7))
+
+
+def learned_model(v):
+    weight = pyro.param("weight", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        pyro.sample("v", dist.Normal(weight * h, 1.0), obs=v)
+
+
+def network_model(network):
+    def with_network(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(1), 1.0).to_event(1))
+            loc = network(h.reshape(-1, 1)).reshape(h.shape)
+            pyro.sample("v", dist.Normal(loc.squeeze(-1), 1.0), obs=v)
+
+    return with_network
+
+
+def plates(name, size):
+    def in_plate(v):
+        with pyro.plate(name, size):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+            pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+    return in_plate
+
+
+def no_latent(v):
+    with pyro.plate("units", len(v)):
+        pyro.sample("v", dist.Normal(v.new_zeros(()), 1.0), obs=v)
+
+
+def discrete(v):
+    with pyro.plate("units", len(v)):
+        k = pyro.sample("k", dist.Bernoulli(v.new_tensor(0.5)))
+        pyro.sample("v", dist.Normal(k, 1.0), obs=v)
+
+
+def masked_latent(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0).mask(v > 0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+
+def scaled_part(v):
+    with pyro.plate("units", len(v)):
+        with pyro.poutine.scale(scale=0.1):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+
+def random_subsample(v):
+    with pyro.plate("units", len(v), subsample_size=3) as index:
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v[index])
+
+
+def functional_dropout(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        loc = nn.functional.dropout(h, 0.5, training=True)
+        pyro.sample("v", dist.Normal(loc, 1.0), obs=v)
+
+
+def coupled(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        pyro.sample("v", dist.Normal(h.cumsum(-1), 1.0), obs=v)
+
+
+def latent_outside(v):
+    level = pyro.sample("level", dist.Normal(v.new_zeros(()), 1.0))
+    with pyro.plate("units", len(v)):
+        pyro.sample("v", dist.Normal(level, 1.0), obs=v)
+
+
+def nowhere_finite(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        pyro.factor("wall", h * 0.0 - torch.inf)
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+
+def no_bijection(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.ProjectedNormal(v.new_ones(2)))
+        pyro.sample("v", dist.Normal(h[..., 0], 1.0), obs=v)
+
+
+def loops_over_units(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("v", dist.Normal(h.reshape(-1, 2).sum(-1).reshape(6), 1.0), obs=v)
+
+
+DROPOUT, NORM = nn.Dropout(0.5), nn.BatchNorm1d(1).double()
+MODELS = [
+    (no_latent, "no latent sample site"),
+    (discrete, r"latent 'k' \(Bernoulli\) is discrete"),
+    (masked_latent, "latent 'h' is masked"),
+    (scaled_part, "scaled differently"),
+    (random_subsample, "plates \\['units'\\] subsample at random"),
+    (functional_dropout, "differs between two calls at the same latents"),
+    (coupled, "are not independent units"),
+    (nowhere_finite, r"not finite .* \['wall'\]"),
+    (no_bijection, "torch knows no bijection"),
+    (loops_over_units, "extra batch dim on the left"),
+    (plates("units", 4), "plate sizes equal the number of units"),
+    (network_model(DROPOUT), r"Dropout in train mode.*\.eval\(\)"),
+    (network_model(NORM), r"BatchNorm1d in train mode.*\.eval\(\)"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Encountered")
+@pytest.mark.parametrize(("bad", "message"), MODELS, ids=lambda p: getattr(p, "__name__", None))
+def test_models_that_are_refused(bad, message):
+    running_mean = NORM.running_mean.clone()
+    with pytest.raises(vh.InputError, match=f"(?s){message}"):
+        vh.log_evidence(bad, (V,), progress=False)
+    assert torch.equal(NORM.running_mean, running_mean), "buffers are left alone"
+
+
+def missing(v):
+    pass
+
+
+def extra(v):
+    guide(v)
+    pyro.sample("other", dist.Normal(0.0, 1.0))
+
+
+def outside(v):
+    pyro.sample("h", dist.Normal(0.5 * v, 0.7).to_event(1))
+
+
+def random_guide(v):
+    with pyro.plate("units", len(v)):
+        noise = torch.randn_like(v)
+        pyro.sample("h", dist.Normal(0.5 * v + noise, 0.7))
+
+
+GUIDES = [
+    (missing, r"misses \['h'\]"),
+    (extra, r"has \['other'\] too many.*is_auxiliary"),
+    (outside, "lie outside the unit plate 'units'"),
+    (random_guide, "guide's density at 'h' differs between two calls"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), GUIDES, ids=lambda p: getattr(p, "__name__", None))
+def test_guides_that_are_refused(bad, message):
+    with pytest.raises(vh.InputError, match=f"(?s){message}"):
+        vh.inference_gap(model, bad, (V,), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(AutoDelta, "point masses"), (AutoMultivariateNormal, "outside the unit plate 'units'")],
+)
+def test_autoguides_that_are_refused(make, message):
+    auto = make(model)
+    auto(V)
+    with pytest.raises(vh.InputError, match=message):
+        vh.inference_gap(model, auto, (V,), progress=False)
+
+
+def sharing_guide(v):
+    weight = pyro.param("weight", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("units", len(v)):
+        pyro.sample("h", dist.Normal(weight * v, 0.7))
+
+
+DATA = [
+    (V, r"bare Tensor.*write \(data,\)"),
+    ([], "no batches"),
+    (iter(()), "no batches"),
+    (3, "must be a tuple"),
+    ([(V,), 3], r"data\[1\] must be"),
+    ((V[:0],), "empty tensor"),
+    ((V.float().to(torch.int64), V), "the guide raised|the model raised"),
+    ((V * torch.nan,), r"not finite .*'v'|raised when first run"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Encountered")
+@pytest.mark.parametrize(("data", "message"), DATA)
+def test_data_that_are_refused(data, message):
+    with pytest.raises(vh.InputError, match=f"(?s){message}"):
+        vh.log_evidence(model, data, progress=False)
+
+
+def test_a_unit_plate_that_does_not_hold_a_latent():
+    with pytest.raises(vh.InputError, match=r"unit_plate='units' does not hold .*'level'"):
+        vh.log_evidence(latent_outside, (V,), unit_plate="units", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_vharm.JointUnitWarning")
+def test_one_joint_unit_refuses_batches_and_subsamples():
+    with pytest.raises(vh.InputError, match="2 batches, but the data are one joint unit"):
+        vh.log_evidence(latent_outside, [(V,), (V,)], progress=False)
+
+    def subsampled(v):
+        level = pyro.sample("level", dist.Normal(v.new_zeros(()), 1.0))
+        with pyro.plate("units", 60, subsample_size=6):
+            pyro.sample("v", dist.Normal(level, 1.0), obs=v)
+
+    with pytest.raises(vh.InputError, match="scaled"):
+        vh.log_evidence(subsampled, (V,), progress=False)
+
+
+def test_audits_that_are_refused_before_any_work():
+    def call(**options):
+        return vh.audit(learned_model, guide, (V,), progress=False, **options)
+
+    with pytest.raises(vh.InputError, match="material must not be negative"):
+        call(material=-1.0)
+    with pytest.raises(vh.InputError, match=r"missing \['weight'\], unknown \['w'\]"):
+        call(reference={"w": 1.0})
+    with pytest.raises(vh.InputError, match="breaks the constraint"):
+        call(reference={"weight": -1.0})
+    with pytest.raises(vh.InputError, match="unconstrained shape"):
+        call(reference={"weight": [1.0, 2.0]})
+    with pytest.raises(vh.InputError, match="heldout is a bare Tensor"):
+        call(heldout=V)
+    with pytest.raises(vh.InputError, match="audit needs the guide"):
+        vh.audit(learned_model, None, (V,))
+    with pytest.raises(vh.InputError, match=r"shares the parameters \['weight'\]"):
+        vh.audit(learned_model, sharing_guide, (V,), progress=False)
+
+
+def test_settings_that_are_refused():
+    for make, message in [
+        (lambda: vh.ImportanceSampling(num_particles=1), "num_particles"),
+        (lambda: vh.ImportanceSampling(prior_share=1.0), "prior_share"),
+        (lambda: vh.AnnealedImportanceSampling(num_steps=0), "num_steps"),
+        (lambda: vh.AnnealedImportanceSampling(num_particles=1), "num_particles"),
+        (lambda: vh.AnnealedImportanceSampling(prior_share=-0.1), "prior_share"),
+        (lambda: vh.AnnealedImportanceSampling(target_acceptance=1.0), "target_acceptance"),
+        (lambda: vh.Quadrature(tolerance=0.0), "tolerance"),
+        (lambda: vh.Quadrature(max_nodes=2), "max_nodes"),
+        (lambda: vh.ImportanceWeightedLearner(num_particles=1), "no better learner"),
+        (lambda: vh.ImportanceWeightedLearner(num_steps=0), "num_steps"),
+        (lambda: vh.ImportanceWeightedLearner(learning_rate=0.0), "learning_rate"),
+        (lambda: vh.ImportanceWeightedLearner(batch_size=0), "batch_size"),
+        (lambda: vh.Refit(num_steps=0), "num_steps"),
+        (lambda: vh.Refit(num_particles=1), "num_particles"),
+    ]:
+        with pytest.raises(vh.InputError, match=message):
+            make()
+
+
+def test_quadrature_refuses_three_dimensions():
+    def three(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(3), 1.0).to_event(1))
+            pyro.sample("v", dist.Normal(h.sum(-1), 1.0), obs=v)
+
+    with pytest.raises(vh.InputError, match="one or two latent dimensions, not 3"):
+        vh.log_evidence(three, (V,), method=vh.Quadrature(), progress=False)
