@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Bound", "Estimate", "Kind", "UnitEstimates"]
+__all__ = ["Bound", "Estimate", "Kind", "UnitEstimates", "concatenate"]
 
 
 class Kind(IntEnum):
@@ -94,11 +95,14 @@ class UnitEstimates:
         values: shape ``(unit,)``.
         mc_errors: standard errors, shape ``(unit,)``; independent between units.
         kind: the weakest kind among the numbers that entered.
+        systematic: allowances that add up over units instead of averaging out (quadrature error,
+            half the disagreement of forward and reverse runs), shape ``(unit,)`` or ``None``.
     """
 
     values: Tensor
     mc_errors: Tensor
     kind: Kind
+    systematic: Tensor | None = None
 
     @property
     def num_units(self) -> int:
@@ -106,21 +110,32 @@ class UnitEstimates:
         return self.values.shape[0]
 
     def total(self) -> Estimate:
-        """The sum over units; errors add in quadrature, except numerical ones, which add up."""
-        values, errors = self.values.double(), self.mc_errors.double()
-        error = errors.sum() if self.kind <= Kind.NUMERICAL else errors.square().sum().sqrt()
-        return Estimate(float(values.sum()), float(error), self.num_units, self.kind)
+        """The sum over units; standard errors add in quadrature, systematic ones add up."""
+        random = float(self.mc_errors.double().square().sum().sqrt())
+        systematic = 0.0 if self.systematic is None else float(self.systematic.double().sum())
+        error = math.hypot(random, systematic)
+        return Estimate(float(self.values.double().sum()), error, self.num_units, self.kind)
+
+    @property
+    def errors(self) -> Tensor:
+        """Standard and systematic error of each unit together, shape ``(unit,)``."""
+        return torch.hypot(self.mc_errors, self._allowance())
+
+    def _allowance(self) -> Tensor:
+        return torch.zeros_like(self.values) if self.systematic is None else self.systematic
 
     def heldout_total(self) -> Estimate:
         """The sum over held-out units, with the error from which units were held out.
 
-        The standard error is √n · sd(values): differences of two models on the same units
-        are paired before they come here.
+        The sampling variance is n · var(values) less the Monte Carlo variance that is in it:
+        differences of two models on the same units are paired before they come here.
         """
-        values = self.values.double()
         n = self.num_units
-        error = math.sqrt(n) * float(values.std()) if n > 1 else math.inf
-        return replace(self.total(), sampling_error=error)
+        if n < 2:
+            return replace(self.total(), sampling_error=math.inf)
+        noise = float(self.mc_errors.double().square().sum())
+        variance = n * float(self.values.double().var()) - noise
+        return replace(self.total(), sampling_error=math.sqrt(max(variance, 0.0)))
 
     def __sub__(self, other: UnitEstimates) -> UnitEstimates:
         """Difference of two estimates made from independent random numbers."""
@@ -128,4 +143,15 @@ class UnitEstimates:
             values=self.values - other.values,
             mc_errors=torch.hypot(self.mc_errors, other.mc_errors),
             kind=max(self.kind, other.kind),
+            systematic=self._allowance() + other._allowance(),
         )
+
+
+def concatenate(parts: Sequence[UnitEstimates]) -> UnitEstimates:
+    """The units of several batches, one after the other."""
+    return UnitEstimates(
+        values=torch.cat([part.values for part in parts]),
+        mc_errors=torch.cat([part.mc_errors for part in parts]),
+        kind=max(part.kind for part in parts),
+        systematic=torch.cat([part._allowance() for part in parts]),
+    )

@@ -137,10 +137,14 @@ def choose_num_replicates(
 def resample(values: Tensor, log_weights: Tensor) -> Tensor:
     """Draw as many particles from each unit's weighted ones, independently, with replacement.
 
+    A unit all of whose weights are zero keeps its particles with equal weights.
+
     Args:
         values: shape ``(particle, unit, dim)``.
         log_weights: shape ``(particle, unit)``.
     """
+    no_weight = torch.isneginf(log_weights).all(0)
+    log_weights = log_weights.masked_fill(no_weight, 0.0)
     probabilities = torch.softmax(log_weights, 0).T
     index = torch.multinomial(probabilities, values.shape[0], replacement=True).T
     return values.gather(0, index.unsqueeze(-1).expand_as(values))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vharm.estimates import Bound, Kind, UnitEstimates
+from pyro_vharm.estimates import Bound, Kind, UnitEstimates, concatenate
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.quadrature import Quadrature
 from pyro_vharm.model.data import Data
@@ -141,7 +141,7 @@ def estimate_evidence(
     single = len(densities) == 1
     bar = tqdm(densities, desc="evidence", disable=single or not progress, delay=2, leave=False)
     runs = [method.run(batch, progress=progress and single) for batch in bar]
-    values, errors, sizes = zip(*(_estimate(run) for run in runs), strict=True)
+    per_unit, sizes = zip(*(_estimate(run) for run in runs), strict=True)
     lower = upper = None
     if runs[0].kind > Kind.NUMERICAL:
         pilot = [run.pilot_variance for run in runs if run.pilot_variance is not None]
@@ -153,7 +153,7 @@ def estimate_evidence(
             upper = _sum_replicates(reverse, count, reverse=True)
     acceptance = [run.acceptance for run in runs if run.acceptance is not None]
     return Evidence(
-        per_unit=UnitEstimates(torch.cat(values), torch.cat(errors), runs[0].kind),
+        per_unit=concatenate(per_unit),
         lower_replicates=lower,
         upper_replicates=upper,
         effective_sizes=torch.cat(sizes),
@@ -163,13 +163,31 @@ def estimate_evidence(
     )
 
 
-def _estimate(run: Particles) -> tuple[Tensor, Tensor, Tensor]:
-    value = log_mean_exp(run.log_weights)
-    size = effective_sample_size(run.log_weights)
+def _estimate(run: Particles) -> tuple[UnitEstimates, Tensor]:
+    value, size = log_mean_exp(run.log_weights), effective_sample_size(run.log_weights)
     if run.numerical_error is not None:
-        return value, run.numerical_error, size
+        zero = torch.zeros_like(value)
+        return UnitEstimates(value, zero, run.kind, run.numerical_error), size
     error, correction = log_mean_exp_error(run.log_weights)
-    return value + correction, error, size
+    estimate = UnitEstimates(value + correction, error, run.kind, _disagreement(run))
+    return estimate, size
+
+
+def _disagreement(run: Particles) -> Tensor | None:
+    """Half of what forward and reverse runs differ by in total, shared equally among the units.
+
+    The delta method knows only of the weights that were seen: its error is at most about a nat
+    per unit however poor the run. What both directions, each corrected for its first-order bias,
+    disagree by in total is a measure of the bias that is left, and biases add up over units.
+    """
+    if run.reverse_log_weights is None:
+        return None
+    _, correction = log_mean_exp_error(run.log_weights)
+    forward = log_mean_exp(run.log_weights) + correction
+    _, correction = log_mean_exp_error(-run.reverse_log_weights)
+    reverse = -log_mean_exp(-run.reverse_log_weights) - correction
+    share = 0.5 * (reverse - forward).nan_to_num(nan=torch.inf).mean().abs()
+    return share.expand_as(forward)
 
 
 def _sum_replicates(log_weights: Sequence[Tensor], count: int, *, reverse: bool) -> Tensor:

@@ -21,6 +21,8 @@ __all__ = ["Quadrature"]
 _ROWS_PER_PASS = 2**20
 _DEPTH = 32.0  # nats below the maximum at which the density is cut off: e⁻³² ≈ 1e-14
 _OPEN = 15.0  # a face within so many nats of the maximum leaves mass outside that nobody saw
+_UNSEEN = 1.0  # nats by which the highest node may miss the highest peak that was climbed
+_UNRESOLVED = 1e-3  # nats by which the last two rules may differ before they prove nothing
 _SCOUTS = 512
 _CLIMBERS, _CLIMBING_STEPS = 8, 60
 _MOST_ROWS = 2**26
@@ -43,7 +45,9 @@ class Quadrature:
     draws of guide and prior and the peaks that climbs from them reach, grows while a face lies
     within 32 nats of the maximum, and shrinks to what holds density, so that a second mode under
     the prior is kept. The error of a unit is the difference of its last two rules, plus what an
-    open face could hide (infinite if the density has not fallen by 15 nats there), plus rounding.
+    open face could hide, plus rounding. It is infinite where the rules differ by more than 0.001
+    nats, where no node comes near the highest peak, or where the density at a face has not fallen
+    by 15 nats: then nothing is known.
 
     Args:
         tolerance: nats per unit to which two rules must agree, or as far as rounding allows.
@@ -86,10 +90,10 @@ class Quadrature:
             )
         start = match_start(densities, 0.5) if start is None else start
         with torch.no_grad():
-            box = self._find_box(densities, start)
-            return self._refine(densities, start, box, progress)
+            box, peak = self._find_box(densities, start)
+            return self._refine(densities, start, box, peak, progress)
 
-    def _find_box(self, densities: UnitDensities, start: StartDensity) -> _Box:
+    def _find_box(self, densities: UnitDensities, start: StartDensity) -> tuple[_Box, Tensor]:
         scouts, scout_values = _climb(
             densities, start, start.gaussian.whiten(start.sample(densities, _SCOUTS))
         )
@@ -111,10 +115,15 @@ class Quadrature:
             box = _Box(low, high)
             if not bool(grown | shrunk):
                 break
-        return box
+        return box, scout_values.amax(0)
 
     def _refine(
-        self, densities: UnitDensities, start: StartDensity, box: _Box, progress: bool
+        self,
+        densities: UnitDensities,
+        start: StartDensity,
+        box: _Box,
+        peak: Tensor,
+        progress: bool,
     ) -> Particles:
         count, previous = 32, None
         with tqdm(desc="quadrature", disable=not progress, delay=2, leave=False) as bar:
@@ -126,6 +135,7 @@ class Quadrature:
                 if previous is not None:
                     change = (log_evidence - previous).abs()
                     agreed = change < torch.clamp(_rounding(values), min=self.tolerance)
+                    agreed &= values.amax(0) > peak - _UNSEEN
                     rows = values.numel() * 2**densities.dim
                     spent = 2 * count > self.max_nodes or rows > _MOST_ROWS
                     if bool(agreed.all()) or spent:
@@ -133,6 +143,8 @@ class Quadrature:
                 previous, count = log_evidence, 2 * count
                 bar.update()
         error = change + _open_faces(values, count, densities.dim) + _rounding(values)
+        unresolved = (change > _UNRESOLVED) | (values.amax(0) < peak - _UNSEEN)
+        error = error.masked_fill(unresolved, math.inf)
         return Particles(
             unconstrained=start.gaussian.unwhiten(nodes),
             log_weights=values + log_cell + math.log(len(nodes)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,16 +10,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vharm.errors import InputError
-from pyro_vharm.estimates import Kind, UnitEstimates
+from pyro_vharm.estimates import Kind, UnitEstimates, concatenate
 from pyro_vharm.learning.training import Schedule, minimise
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.families import free_arguments
+from pyro_vharm.model.families import FreedGuide, free_arguments
 from pyro_vharm.model.problem import Problem
 from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
 
 __all__ = ["Refit", "elbo_over_batches", "estimate_elbo", "refitted_elbo"]
 
 _ROWS_PER_PASS = 2**18
+_MOST_ROUNDS, _LEAST_GAIN = 8, 1e-5
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class Refit:
     """How to refit a guide, and how finely to evaluate an ELBO.
 
     Args:
-        num_steps: gradient steps.
+        num_steps: gradient steps in each round; rounds are added while the ELBO rises.
         learning_rate: the first step size, in standard deviations for locations.
         num_replicates: draws per step.
         num_particles: fresh draws that evaluate an ELBO.
     """
 
-    num_steps: int = 400
+    num_steps: int = 200
     learning_rate: float = 0.05
     num_replicates: int = 8
     num_particles: int = 400
@@ -65,7 +67,7 @@ def estimate_elbo(densities: UnitDensities, num_particles: int) -> UnitEstimates
 
 def elbo_over_batches(problem: Problem, num_particles: int) -> UnitEstimates:
     """L(θ, q) per unit over all batches, with the guide as it is."""
-    return _concatenate([estimate_elbo(d, num_particles) for d in problem.densities])
+    return concatenate([estimate_elbo(d, num_particles) for d in problem.densities])
 
 
 def refitted_elbo(problem: Problem, refit: Refit, *, progress: bool) -> UnitEstimates | None:
@@ -85,7 +87,7 @@ def refitted_elbo(problem: Problem, refit: Refit, *, progress: bool) -> UnitEsti
     )
     parts = [_refit_batch(problem, densities, refit, progress and single) for densities in bar]
     found = [part for part in parts if part is not None]
-    return _concatenate(found) if len(found) == len(parts) else None
+    return concatenate(found) if len(found) == len(parts) else None
 
 
 def _refit_batch(
@@ -99,9 +101,23 @@ def _refit_batch(
         with problem.guide_parameters.at(problem.guide_parameters.values()):
             _fit(densities, problem.guide_parameters.trainable(), refit, progress)
             return estimate_elbo(densities, refit.num_particles)
-    replaced = replace(densities, guide=freed)
-    _fit(replaced, freed.leaves(), refit, progress)
-    return estimate_elbo(replaced, refit.num_particles)
+    return _refit_freed(densities, freed, refit, progress)
+
+
+def _refit_freed(
+    densities: UnitDensities, freed: FreedGuide, refit: Refit, progress: bool
+) -> UnitEstimates:
+    """Optimise in rounds, each with steps in units of where the last one ended, while L rises."""
+    best = estimate_elbo(replace(densities, guide=freed), refit.num_particles).total()
+    for _ in range(_MOST_ROUNDS):
+        _fit(replace(densities, guide=freed), freed.leaves(), refit, progress)
+        now = estimate_elbo(replace(densities, guide=freed), refit.num_particles).total()
+        gain, error = now.value - best.value, math.hypot(now.mc_error, best.mc_error)
+        again = free_arguments(freed, densities.batch)
+        if again is None or gain < max(2 * error, _LEAST_GAIN * abs(now.value)):
+            break
+        best, freed = now, FreedGuide(freed.guide, again.freed)
+    return estimate_elbo(replace(densities, guide=freed), refit.num_particles)
 
 
 def _fit(densities: UnitDensities, leaves: list[Tensor], refit: Refit, progress: bool) -> None:
@@ -115,11 +131,3 @@ def _fit(densities: UnitDensities, leaves: list[Tensor], refit: Refit, progress:
         return -bound.surrogate
 
     minimise(loss, leaves, refit.schedule, description="refitting the guide", progress=progress)
-
-
-def _concatenate(parts: list[UnitEstimates]) -> UnitEstimates:
-    return UnitEstimates(
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.mc_errors for part in parts]),
-        parts[0].kind,
-    )

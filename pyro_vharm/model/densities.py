@@ -24,6 +24,7 @@ from pyro_vharm.model.tracing import (
     observed_sites,
     site_log_prob,
     trace_particles,
+    trace_plain,
 )
 from pyro_vharm.model.units import UnitLayout
 
@@ -73,11 +74,13 @@ class LatentSite:
     Attributes:
         name: the site.
         batch_shape: its plates' sizes, padded with 1 to the layout's nesting.
+        num_plates: how many of these dims are its own.
         event_shape: its event shape on the unconstrained scale.
     """
 
     name: str
     batch_shape: tuple[int, ...]
+    num_plates: int
     event_shape: tuple[int, ...]
 
 
@@ -128,6 +131,19 @@ class UnitDensities:
         substitute = UnconstrainedSites(self._names, self._unpack(latents))
         trace = trace_particles(self.model, self.batch, self.layout, len(latents), substitute)
         return trace, substitute.log_abs_det
+
+    def plain_log_joint(self, latents: Tensor) -> Tensor:
+        """`log_joint` by one ordinary run of the model per particle: slow, and right by itself."""
+        return torch.cat([self._plain_one(latents[i : i + 1]) for i in range(len(latents))])
+
+    def _plain_one(self, latents: Tensor) -> Tensor:
+        values = {}
+        for site in self.sites:
+            own = site.batch_shape[len(site.batch_shape) - site.num_plates :]
+            values[site.name] = self._unpack(latents)[site.name].reshape(own + site.event_shape)
+        substitute = UnconstrainedSites(self._names, values)
+        trace = trace_plain(self.model, self.batch, substitute)
+        return self._model_terms(trace, substitute.log_abs_det, 1).log_joint
 
     def constrain(self, latents: Tensor) -> dict[str, Tensor]:
         """The latents on their own supports, site → ``(particle, *plates, *event)``."""

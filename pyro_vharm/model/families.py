@@ -124,7 +124,10 @@ def _free(fn: Any) -> _FreedDistribution | None:
     names = _argument_names(fn)
     if names is None:
         return None
-    arguments = {name: _free_argument(fn, name) for name in names}
+    try:
+        arguments = {name: _free_argument(fn, name) for name in names}
+    except NotImplementedError:  # a constraint without a transform, as of a uniform's ends
+        return None
     cls = type(fn)
     return _FreedDistribution(
         [argument.leaf for argument in arguments.values()],
@@ -159,8 +162,9 @@ def _free_argument(fn: Any, name: str) -> _FreedArgument:
 
 
 def _standard_deviation(fn: Any, like: Tensor) -> Tensor:
+    base = getattr(fn, "base_dist", fn)  # a log-normal's location lives on the scale of its base
     try:
-        deviation: Tensor = fn.stddev.detach()
+        deviation: Tensor = base.stddev.detach()
     except NotImplementedError:
         return torch.ones_like(like)
     usable = torch.isfinite(deviation) & (deviation > 0)

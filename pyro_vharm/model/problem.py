@@ -17,19 +17,24 @@ from pyro_vharm.model.tracing import (
     PyroFunction,
     latent_sites,
     observed_sites,
+    trace_plain,
     unconstrained_shape,
 )
 from pyro_vharm.model.units import UnitLayout, unit_layout
 from pyro_vharm.model.validation import (
+    check_density,
     check_deterministic,
     check_deterministic_guide,
     check_finite,
     check_independent,
     check_latents,
+    check_particles,
     check_sites_match,
     refuse_training_modes,
     reporting,
 )
+
+_NUM_CHECKED = 17  # a prime, so that it equals no size in the model by accident
 
 __all__ = ["Problem", "capture_pair", "layout_of", "prepare"]
 
@@ -115,8 +120,10 @@ def layout_of(
     latents = latent_sites(trace)
     check_latents(latents)
     proposed = [] if guide_trace is None else latent_sites(guide_trace)
-    if guide_trace is not None:
+    if guide is not None and guide_trace is not None:
         check_sites_match(latents, proposed)
+        again = latent_sites(trace_plain(guide, batch))
+        check_density(latents, proposed, again, observed_sites(guide_trace))
     return unit_layout(latents, observed_sites(trace), proposed, unit_plate), trace
 
 
@@ -143,7 +150,7 @@ def _densities(
     for site in latent_sites(trace):
         batch_shape = tuple(site["fn"].batch_shape)
         padded = (1,) * (layout.max_plate_nesting - len(batch_shape)) + batch_shape
-        sites.append(LatentSite(site["name"], padded, unconstrained_shape(site)))
+        sites.append(LatentSite(site["name"], padded, len(batch_shape), unconstrained_shape(site)))
     values = [site["value"] for site in latent_sites(trace)]
     _check_same(trace)
     densities = UnitDensities(
@@ -158,10 +165,11 @@ def _densities(
     )
     with torch.no_grad(), reporting("model or guide", particles=True):
         draw = densities.draw_prior if guide is None else densities.draw_guide
-        latents = draw(16).latents
+        latents = draw(_NUM_CHECKED).latents
         check_finite(densities, latents)
         check_deterministic(densities, latents)
         check_deterministic_guide(densities)
+        check_particles(densities, latents)
         check_independent(densities, latents)
     return densities
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import pyro
@@ -28,6 +29,7 @@ __all__ = [
     "observed_sites",
     "site_log_prob",
     "trace_particles",
+    "trace_plain",
     "unconstrained_shape",
 ]
 
@@ -86,6 +88,11 @@ class FixedSites(Messenger):  # type: ignore[misc]
             msg["value"], msg["done"] = value, True
 
 
+def trace_plain(function: PyroFunction, batch: Batch, *messengers: Messenger) -> Trace:
+    """Trace one call as the user would run it: one particle, no plate of particles."""
+    return _trace(function, batch, messengers, nullcontext())
+
+
 def trace_particles(
     function: PyroFunction,
     batch: Batch,
@@ -94,17 +101,27 @@ def trace_particles(
     *messengers: Messenger,
 ) -> Trace:
     """Trace one call under an outermost plate of particles, without validation."""
-    with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
-        tracer = poutine.trace()
-        with tracer:
-            for messenger in messengers:
-                messenger.__enter__()
-            try:
-                with pyro.plate("_particles", num_particles, dim=layout.particle_dim):
-                    function(*batch.args, **batch.kwargs)
-            finally:
-                for messenger in reversed(messengers):
-                    messenger.__exit__(None, None, None)
+    plate = pyro.plate("_particles", num_particles, dim=layout.particle_dim)
+    return _trace(function, batch, messengers, plate)
+
+
+def _trace(
+    function: PyroFunction,
+    batch: Batch,
+    messengers: Sequence[Messenger],
+    innermost: AbstractContextManager[Any],
+) -> Trace:
+    tracer = poutine.trace()
+    with (
+        pyro.validation_enabled(False),
+        poutine.block(hide_types=["sample"]),
+        tracer,
+        ExitStack() as stack,
+    ):
+        for messenger in messengers:
+            stack.enter_context(messenger)
+        with innermost:
+            function(*batch.args, **batch.kwargs)
     return tracer.trace
 
 

@@ -24,14 +24,18 @@ from pyro_vharm.model.tracing import (
     observed_sites,
     site_log_prob,
     trace_particles,
+    trace_plain,
+    unconstrained_shape,
 )
 
 __all__ = [
+    "check_density",
     "check_deterministic",
     "check_deterministic_guide",
     "check_finite",
     "check_independent",
     "check_latents",
+    "check_particles",
     "check_sites_match",
     "refuse_training_modes",
     "reporting",
@@ -108,7 +112,7 @@ def check_latents(latents: Sequence[Site]) -> None:
 
 
 def check_sites_match(latents: Sequence[Site], guide_latents: Sequence[Site]) -> None:
-    """Refuse a guide that misses a latent, has one too many, or is a point mass."""
+    """Refuse a guide that misses a latent or has one too many."""
     names = {site["name"] for site in latents}
     guide = {site["name"]: site for site in guide_latents}
     missing = sorted(names - guide.keys())
@@ -120,16 +124,52 @@ def check_sites_match(latents: Sequence[Site], guide_latents: Sequence[Site]) ->
     if missing or extra:
         raise InputError(
             f"the guide must sample exactly the model's latents {sorted(names)}; it misses "
-            f'{missing} and has {extra} too many (mark helpers with infer={{"is_auxiliary": True}})'
+            f"{missing} and has {extra} too many (sites that a latent is computed from take "
+            'infer={"is_auxiliary": True})'
         )
-    auxiliary = any(site["infer"].get("is_auxiliary", False) for site in guide_latents)
-    points = sorted(name for name in names if is_point_mass(guide[name]))
-    if points and not auxiliary:
+
+
+def check_density(
+    latents: Sequence[Site], first: Sequence[Site], second: Sequence[Site], observed: Sequence[Site]
+) -> None:
+    """Refuse a guide whose sites do not make up a density of the latents.
+
+    Args:
+        latents: the model's latent sites.
+        first: the guide's sample sites in one run.
+        second: the same in another run.
+        observed: the guide's observed sites and factors.
+    """
+    if observed:
+        extra = [site["name"] for site in observed]
         raise InputError(
-            f"the guide holds the continuous latents {points} as point masses (Delta): "
+            f"the guide has observed sites or factors {extra}, so log q is not a density of the "
+            "latents alone; remove them"
+        )
+    names = {site["name"] for site in latents}
+    again = {site["name"]: site["value"] for site in second}
+    fixed = [
+        s["name"]
+        for s in first
+        if s["name"] in names and is_point_mass(s) and torch.equal(s["value"], again[s["name"]])
+    ]
+    if fixed:
+        raise InputError(
+            f"the guide holds the continuous latents {fixed} as point masses (Delta): "
             "E_q[log p − log q] is then a joint log density and no bound on the evidence; use a "
             "guide with a density, such as AutoNormal"
         )
+    drawn = sum(_num_dims(site) for site in first if not is_point_mass(site))
+    wanted = sum(_num_dims(site) for site in latents)
+    if drawn != wanted:
+        raise InputError(
+            f"the guide draws {drawn} numbers for {wanted} latent dimensions; with auxiliary "
+            "variables beside the latents, log p − log q has no bound on the evidence as its mean"
+        )
+
+
+def _num_dims(site: Site) -> int:
+    return torch.Size((*site["fn"].batch_shape, *unconstrained_shape(site))).numel()
 
 
 def check_finite(densities: UnitDensities, latents: Tensor) -> None:
@@ -187,13 +227,43 @@ def _subsampling(trace: Trace) -> str:
     return f"plates {plates} subsample at random" if plates else "dropout in train mode, perhaps"
 
 
+def check_particles(densities: UnitDensities, latents: Tensor) -> None:
+    """Refuse a model or guide that computes something else for many particles than for one."""
+    some = latents[:2]
+    _check_equal(densities.log_joint(latents)[:2], densities.plain_log_joint(some), "model")
+    if densities.guide is None:
+        return
+    many = trace_particles(densities.guide, densities.batch, densities.layout, len(latents))
+    plain = trace_plain(densities.guide, densities.batch)
+    shapes = {site["name"]: site["value"].shape for site in latent_sites(plain)}
+    values = {name: many.nodes[name]["value"][0].reshape(shape) for name, shape in shapes.items()}
+    again = trace_plain(densities.guide, densities.batch, FixedSites(values))
+    for name in shapes:
+        log_prob = site_log_prob(many.nodes[name])
+        first = log_prob.reshape(len(latents), -1)[0]
+        alone = site_log_prob(again.nodes[name]).reshape(-1)
+        _check_equal(first, alone.expand_as(first), f"guide, at its site {name!r},")
+
+
+def _check_equal(many: Tensor, one: Tensor, what: str) -> None:
+    tolerance = 1e3 * torch.finfo(many.dtype).eps
+    if not torch.allclose(many, one, rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise InputError(
+            f"the {what} gives other densities when run for many particles than when run for one: "
+            "many are drawn at once, under an outermost plate, and something in it sums, indexes, "
+            "sorts or normalises over a batch dim counted from the left. Count dims from the right "
+            "(cumsum(-1), softmax(-1), sum(-1), h[..., k])."
+        )
+
+
 def check_independent(densities: UnitDensities, latents: Tensor) -> None:
     """Refuse a unit plate whose units influence each other."""
     if densities.num_units < 2:
         return
-    moved = latents.clone()
-    moved[:, 0] = latents[:, 0].roll(1, 0) + 0.5
-    before, after = densities.log_joint(latents)[:, 1:], densities.log_joint(moved)[:, 1:]
+    moved = latents[:2].clone()
+    moved[:, 0] = latents[:2, 0].roll(1, 0) + 0.5
+    before = densities.plain_log_joint(latents[:2])[:, 1:]
+    after = densities.plain_log_joint(moved)[:, 1:]
     tolerance = 1e3 * torch.finfo(before.dtype).eps
     finite = torch.isfinite(before)
     if not torch.allclose(before[finite], after[finite], rtol=tolerance, atol=tolerance):

@@ -72,8 +72,13 @@ def importance_weighted_bound(
 
     leaves = {name: value.detach().requires_grad_() for name, value in drawn.values.items()}
     fixed = run_guide(guide, batch, layout, count, leaves)
-    gradients = torch.autograd.grad((shares * fixed.log_guide).sum(), list(leaves.values()))
+    log_guide = (shares * fixed.log_guide).sum()
+    if not log_guide.requires_grad:  # a guide with flat densities
+        return UnitBound(values, surrogate, at.scale)
+    gradients = torch.autograd.grad(log_guide, list(leaves.values()), allow_unused=True)
     for (name, value), gradient in zip(drawn.values.items(), gradients, strict=True):
+        if gradient is None:
+            continue
         squared = layout.over_site(weights, drawn.event_dims[name]) * gradient
         surrogate = surrogate - (squared * value).sum()
     return UnitBound(values, surrogate, at.scale)
