@@ -69,7 +69,7 @@ def train(
     steps_per_epoch = -(-len(images) // BATCH_SIZE)
     decay = 0.05 ** (1 / (num_epochs * steps_per_epoch))
     svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.005, "lrd": decay}), Trace_ELBO())
-    for _ in tqdm(range(num_epochs), desc="training the VAE"):
+    for _ in tqdm(range(num_epochs), desc="training the VAE", disable=None):
         for batch in images[torch.randperm(len(images))].split(BATCH_SIZE):
             svi.step(batch)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
 from pyro_vharm.diagnostics.harm import measure_harm, prepare_heldout, resolve_reference
-from pyro_vharm.diagnostics.verdict import Audit, Verdict, judge
+from pyro_vharm.diagnostics.verdict import Audit, Verdict, judge, material_harm
 from pyro_vharm.errors import InputError
 from pyro_vharm.inference.evidence import InferenceMethod, choose_method
 from pyro_vharm.learning.reference import (
@@ -38,7 +38,7 @@ def audit(
     method: InferenceMethod | None = None,
     refit: Refit | None = None,
     unit_plate: str | None = None,
-    material: float = 0.5,
+    material: float | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Audit:
@@ -63,8 +63,8 @@ def audit(
         method: the inference method for log evidence; see `log_evidence`.
         refit: how to refit the guide per unit, and how finely to evaluate an ELBO.
         unit_plate: name of the plate of independent units; found if left out.
-        material: the least total harm that is called harm. Half a nat is what one fitted
-            parameter gains in log likelihood by chance.
+        material: the least total harm in nats that is called harm; see `material_harm` for what
+            is taken if left out.
         seed: of all random numbers used: the same seed gives the same audit.
         progress: show bars on long work.
 
@@ -74,7 +74,7 @@ def audit(
     Raises:
         InputError: where an argument breaks a constraint, before any long work.
     """
-    if material < 0:
+    if material is not None and material < 0:
         raise InputError(f"material must not be negative, got {material}")
     if guide is None:
         raise InputError("audit needs the guide that the model was trained with")
@@ -94,6 +94,8 @@ def audit(
             found = resolve_reference(problem, reference, learner, progress=progress)
         gap = measure_gap(problem, chosen, refit, progress=progress)
         harm = measure_harm(problem, gap, found, held, notes, chosen, refit, progress=progress)
+        if material is None:
+            material = material_harm(problem.model_parameters, problem.num_units)
         return Audit(gap, harm, judge(harm, material), settings)
 
 

@@ -4,7 +4,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuideList,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from torch import nn
 
 import pyro_vharm as vh
@@ -117,6 +122,17 @@ def loops_over_units(v):
         pyro.sample("v", dist.Normal(h.reshape(-1, 2).sum(-1).reshape(6), 1.0), obs=v)
 
 
+def from_the_left(v):
+    steps = pyro.sample("steps", dist.Normal(v.new_zeros(6), 1.0).to_event(1))
+    pyro.sample("v", dist.Normal(steps.cumsum(0), 1.0).to_event(1), obs=v)
+
+
+def centred(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        pyro.sample("v", dist.Normal(h - h.mean(0), 1.0), obs=v)
+
+
 DROPOUT, NORM = nn.Dropout(0.5), nn.BatchNorm1d(1).double()
 MODELS = [
     (no_latent, "no latent sample site"),
@@ -128,6 +144,8 @@ MODELS = [
     (coupled, "are not independent units"),
     (nowhere_finite, r"not finite .* \['wall'\]"),
     (no_bijection, "torch knows no bijection"),
+    (from_the_left, "other densities when run for many particles"),
+    (centred, "other densities when run for many particles|not independent units"),
     (loops_over_units, "extra batch dim on the left"),
     (plates("units", 4), "plate sizes equal the number of units"),
     (network_model(DROPOUT), r"Dropout in train mode.*\.eval\(\)"),
@@ -163,7 +181,28 @@ def random_guide(v):
         pyro.sample("h", dist.Normal(0.5 * v + noise, 0.7))
 
 
+def auxiliary(v):
+    noise = pyro.sample("noise", dist.Normal(0.0, 10.0), infer={"is_auxiliary": True})
+    with pyro.plate("units", len(v)):
+        pyro.sample("h", dist.Normal(0.5 * v + 0.0 * noise, 0.7))
+
+
+def auxiliary_in_plate(v):
+    with pyro.plate("units", len(v)):
+        pyro.sample("noise", dist.Normal(0.0 * v, 10.0), infer={"is_auxiliary": True})
+        pyro.sample("h", dist.Normal(0.5 * v, 0.7))
+
+
+def factor_in_guide(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(0.5 * v, 0.7))
+        pyro.factor("bonus", h * 0.0 + 1.0, has_rsample=True)
+
+
 GUIDES = [
+    (auxiliary, "draws 7 numbers for 6 latent dimensions"),
+    (auxiliary_in_plate, "draws 12 numbers for 6 latent dimensions"),
+    (factor_in_guide, r"observed sites or factors \['bonus'\]"),
     (missing, r"misses \['h'\]"),
     (extra, r"has \['other'\] too many.*is_auxiliary"),
     (outside, "lie outside the unit plate 'units'"),
@@ -186,6 +225,21 @@ def test_autoguides_that_are_refused(make, message):
     auto(V)
     with pytest.raises(vh.InputError, match=message):
         vh.inference_gap(model, auto, (V,), progress=False)
+
+
+def test_a_point_mass_beside_a_density_is_refused():
+    def two_latents(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+            s = pyro.sample("s", dist.LogNormal(v.new_zeros(()), 1.0))
+            pyro.sample("v", dist.Normal(h, s), obs=v)
+
+    guides = AutoGuideList(two_latents)
+    guides.append(AutoNormal(pyro.poutine.block(two_latents, expose=["h"])))
+    guides.append(AutoDelta(pyro.poutine.block(two_latents, expose=["s"])))
+    guides(V)
+    with pytest.raises(vh.InputError, match=r"\['s'\] as point masses"):
+        vh.inference_gap(two_latents, guides, (V,), progress=False)
 
 
 def sharing_guide(v):

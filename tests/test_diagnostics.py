@@ -10,9 +10,11 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch.distributions import constraints
 
 import pyro_vharm as vh
+from pyro_vharm.diagnostics.verdict import material_harm
 from pyro_vharm.learning.refit import elbo_over_batches, refitted_elbo
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.families import free_arguments
+from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import prepare
 from tests.statistics import Z
 from tests.zoo import LOADINGS, NOISE, linear_gaussian, linear_gaussian_posterior
@@ -350,7 +352,8 @@ def test_learning_starts_where_told(effects):
     reference = vh.learn_reference(
         tied_model, (effects,), guide=tied_guide, learner=learner, progress=False
     )
-    assert [a.name.split(", ")[-1] for a in reference.attempts] == ["from θ̂", "afresh"]
+    names = [attempt.name.split(", ")[-1] for attempt in reference.attempts]
+    assert names == ["θ̂ itself", "from θ̂", "afresh"]
     assert "log evidence" in str(reference)
     network = torch.nn.Linear(2, 1, bias=False)
 
@@ -370,9 +373,9 @@ def test_learning_starts_where_told(effects):
     model = module_model(network)
     arguments = {"guide": tied_guide, "learner": learner, "progress": False}
     kept = vh.learn_reference(model, (effects,), **arguments)
-    assert len(kept.attempts) == 1 and "pass fresh=" in kept.notes[0]
+    assert len(kept.attempts) == 2 and "pass fresh=" in kept.notes[0]
     both = vh.learn_reference(model, (effects,), fresh=make, **arguments)
-    assert len(both.attempts) == 2 and not both.notes
+    assert len(both.attempts) == 3 and not both.notes
     with pytest.raises(vh.InputError, match="holds the trained parameters"):
         vh.learn_reference(model, (effects,), fresh=lambda: (model, tied_guide), **arguments)
     with pytest.raises(vh.InputError, match="names and shapes"):
@@ -388,3 +391,119 @@ def test_minibatches_learn_the_same_parameters(effects):
         tied_model, (effects,), guide=tied_guide, learner=learner, progress=False
     )
     assert float(reference.parameters["a"]) == pytest.approx(optima(effects)[0], rel=0.1)
+
+
+def normal_mean(start, center):
+    """v ~ N(mu, 2) through h, with an exact family: mu is far from its optimum in raw units."""
+
+    def model(v):
+        mu = pyro.param("mu", v.new_tensor(start))
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(mu, 10.0))
+            pyro.sample("v", dist.Normal(h, 10.0), obs=v)
+
+    def guide(v):
+        loc = pyro.param("loc", v.new_tensor(start))
+        with pyro.plate("units", len(v)):
+            pyro.sample("h", dist.Normal(loc / 2 + v / 2, 50.0**0.5))
+
+    v = center + 10.0 * 2**0.5 * torch.randn(20, generator=torch.Generator().manual_seed(1))
+    return model, guide, v
+
+
+def test_a_learner_with_small_steps_goes_on_until_it_arrives():
+    model, guide, v = normal_mean(900.0, 950.0)
+    learner = vh.ImportanceWeightedLearner(
+        num_particles=8, num_steps=100, learning_rate=0.003, guide_steps=5
+    )
+    audit = vh.audit(model, guide, (v,), learner=learner, refit=vh.Refit(20), progress=False)
+    truth = 20 * (float(v.mean()) - 900.0) ** 2 / (2 * 200.0)
+    assert truth > 100
+    assert audit.verdict.outcome == "harm"
+    assert audit.harm.harm.value == pytest.approx(truth, rel=0.02)
+
+
+def test_a_reference_that_is_worse_decides_nothing(effects):
+    set_tied(optima(effects)[0])
+    audit = vh.audit(
+        tied_model,
+        tied_guide,
+        (effects,),
+        reference={"a": 0.1},
+        learner=LEARNER,
+        refit=vh.Refit(5),
+        progress=False,
+    )
+    assert audit.verdict.outcome == "undecided" and "is worse than what was learned" in str(audit)
+
+
+def test_importance_sampling_alone_cannot_show_harm(effects):
+    exact, learned = optima(effects)
+    set_tied(learned)
+    audit = vh.audit(
+        tied_model,
+        tied_guide,
+        (effects,),
+        reference={"a": exact},
+        refit=vh.Refit(5),
+        method=vh.ImportanceSampling(4000),
+        learner=LEARNER,
+        progress=False,
+    )
+    assert audit.verdict.outcome == "undecided" and "no upper bound" in str(audit)
+
+
+def test_a_poor_sampler_does_not_give_a_clean_bill():
+    """Shells of radius a around 0 in three dimensions: a Gaussian start is hopeless."""
+    generator = torch.Generator().manual_seed(0)
+    v = 2.0 + 0.5 * torch.randn(40, generator=generator)
+
+    def model(v):
+        noise = pyro.param("noise", v.new_tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(3), 1.0).to_event(1))
+            pyro.sample("v", dist.Normal(h.square().sum(-1), noise), obs=v)
+
+    def guide(v):
+        with pyro.plate("units", len(v)):
+            pyro.sample("h", dist.Normal(v.new_zeros(len(v), 3), 0.8).to_event(1))
+
+    radius = torch.linspace(1e-4, 6, 200001)
+    shell = dist.Chi2(v.new_tensor(3.0)).log_prob(radius.square()) + (2 * radius).log()
+
+    def exact(noise):
+        joint = shell[:, None] + dist.Normal(radius.square()[:, None], noise).log_prob(v)
+        return float((joint.logsumexp(0) + (radius[1] - radius[0]).log()).sum())
+
+    pyro.param("noise", torch.tensor(0.02), constraint=constraints.positive)
+    evidence = vh.log_evidence(model, (v,), guide=guide, progress=False)
+    total, truth = evidence.per_unit.total(), exact(0.02)
+    assert evidence.lower().value < truth
+    assert abs(total.value - truth) < 3 * total.mc_error, "the error owns up to the bias"
+
+
+def test_material_harm_grows_with_parameters_and_stays_below_a_hundredth_per_unit():
+    def parameters(count):
+        return Parameters({"w": torch.zeros(count, requires_grad=True)}, {})
+
+    assert material_harm(parameters(1), 5000) == pytest.approx(1.92, abs=0.01)
+    assert material_harm(parameters(2), 5000) == pytest.approx(3.0, abs=0.01)
+    assert material_harm(parameters(4000), 1500) == 15.0
+    assert material_harm(parameters(2), 1) == 0.5
+
+
+def test_refit_arrives_from_far_away():
+    v = torch.randn(5)
+
+    def model(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+            pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+    def guide(v):
+        with pyro.plate("units", len(v)):
+            pyro.sample("h", dist.Normal(0.0 * v - 3.0, 0.01))
+
+    gap = vh.inference_gap(model, guide, (v,), progress=False)
+    assert abs(gap.approximation.total().value) < 0.02
+    assert gap.gap.total().value > 20

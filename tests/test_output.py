@@ -65,7 +65,7 @@ def test_the_waterfall_ends_where_it_began(audit, tmp_path):
     figure = vh.plot_ledger(vh.to_datatree(audit), figsize=(8, 3))
     assert len(figure.axes) == 2
     bars = figure.axes[0].patches
-    heights = [bar.get_height() for bar in bars]
+    heights = [bar.get_width() for bar in bars]
     assert len(bars) == 6
     assert heights[0] - heights[1] == pytest.approx(heights[2])
     assert heights[2] - heights[3] - heights[4] == pytest.approx(0.0, abs=1e-9)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from scipy.stats import chi2
 
 from pyro_vharm.diagnostics.gap import InferenceGap
 from pyro_vharm.diagnostics.harm import LearningHarm
 from pyro_vharm.estimates import Estimate
 from pyro_vharm.learning.reference import Reference
+from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.tables import html_table, nats
 
-__all__ = ["Audit", "Verdict", "judge"]
+__all__ = ["Audit", "Verdict", "judge", "material_harm"]
 
 type Outcome = Literal["harm", "no harm found", "undecided"]
 
@@ -71,19 +74,33 @@ class Audit:
         return html_table(str(self))
 
 
+def material_harm(parameters: Parameters, num_units: int) -> float:
+    """The least total harm worth the name, in nats: what fitting gains by chance.
+
+    At the maximum, log likelihood exceeds that of the true parameters by ½ χ² with as many degrees
+    of freedom as parameters (Wilks, 1938); the 95 % point of it is taken. With many parameters for
+    the units, where that no longer holds, it is a hundredth of a nat per unit, but half a nat at
+    the least.
+    """
+    count = sum(leaf.numel() for leaf in parameters.trainable())
+    return min(float(chi2.ppf(0.95, count)) / 2, max(0.01 * num_units, 0.5))
+
+
 def judge(harm: LearningHarm, material: float) -> Verdict:
     """Judge the training data's harm against the least total that matters.
 
-    *Harm* if its 95 % lower bound exceeds `material`; *no harm found* if its upper bound, or its
-    estimate plus two standard errors, stays below; otherwise *undecided*. No harm found is a
-    statement about the learners and starts that were tried, never about θ*.
+    *Harm* if its 95 % lower bound exceeds `material`; *no harm found* if its upper bound stays
+    below; otherwise, and where the reference is worse than what was learned, *undecided*. Without
+    an upper bound the estimate plus two standard errors stands in, if every unit's effective
+    sample size is at least half its particles. No harm found is a statement about the learners
+    and starts that were tried, never about θ*.
     """
     outcome, sentence = _outcome(harm, material)
     sentences = [sentence, _tried(harm)]
     if harm.heldout_harm is not None:
         sentences.append(_heldout(harm.heldout_harm))
     if outcome == "harm":
-        sentences += [*_causes(harm), _remedy()]
+        sentences += [*_causes(harm), _remedy(harm)]
     return Verdict(outcome, tuple(sentences))
 
 
@@ -98,15 +115,20 @@ def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
             f"estimate is {shown}{_per_unit(estimate)}. The visible gap is {nats(gap.value, 2)} "
             f"nats: {_hidden(estimate, gap)}."
         )
-    limit = estimate.value + 2 * estimate.mc_error
-    limit = limit if upper is None else min(limit, upper.value)
-    if limit < material:
-        return "no harm found", (
-            f"The reference is better by {shown}; more than {nats(max(limit, 0.0), 2)} nats would "
-            f"have been seen. Less than {material:g} nats in total is not called harm: one fitted "
-            f"parameter gains half a nat by chance. The visible gap is {nats(gap.value, 2)} nats."
+    if estimate.value < -max(2 * estimate.mc_error, material):
+        return "undecided", (
+            f"The reference is worse than what was learned, by {_shown(_negated(estimate))} nats "
+            "in total on the training data, so it cannot show harm. Hand in better parameters, or "
+            "let a learner look for them."
         )
-    if lower is None:
+    limit = _limit(harm)
+    if limit is not None and limit < material:
+        return "no harm found", (
+            f"The best of what was tried is better by {shown}, by {nats(max(limit, 0.0), 2)} at "
+            f"most, where {nats(material, 2)} nats would be called harm. A learner that goes "
+            f"farther might still find some. The visible gap is {nats(gap.value, 2)} nats."
+        )
+    if lower is None or upper is None:
         grounds = "the method has no upper bound on the log evidence as learned"
         mend = "Use AnnealedImportanceSampling, or Quadrature."
     else:
@@ -116,6 +138,20 @@ def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
         f"The reference is better by {shown}, but {grounds}, so harm of {material:g} nats can be "
         f"neither shown nor ruled out. {mend}"
     )
+
+
+def _limit(harm: LearningHarm) -> float | None:
+    upper = harm.train.upper()
+    if upper is not None:
+        return upper.value
+    pair = (harm.train.learned, harm.train.reference)
+    if any(float(e.effective_sizes.min()) < e.num_particles / 2 for e in pair):
+        return None
+    return harm.harm.value + 2 * harm.harm.mc_error
+
+
+def _negated(estimate: Estimate) -> Estimate:
+    return replace(estimate, value=-estimate.value)
 
 
 def _shown(estimate: Estimate) -> str:
@@ -163,15 +199,23 @@ def _causes(harm: LearningHarm) -> list[str]:
             f"guide retrained there, by {_shown(harm.excess_retrained)} nats, so it was not "
             "maximised. Train longer, or from several starts."
         )
-    refitted, amortization = harm.excess_refitted, harm.learned.amortization
-    if refitted is not None and _positive(refitted) and amortization is not None:
+    refitted = harm.excess_refitted
+    if refitted is not None and _positive(refitted):
         causes.append(
             "The family alone does not explain the harm: with q refitted to each unit at both "
-            f"ends the ELBO prefers the reference, by {_shown(refitted)} nats. The encoder costs "
-            f"{_shown(amortization.total())} nats as trained: more capacity, or more of its steps "
-            "per step of the model, may help."
+            f"ends the ELBO prefers the reference, by {_shown(refitted)} nats.{_encoder(harm)}"
         )
     return causes or [_family(harm)]
+
+
+def _encoder(harm: LearningHarm) -> str:
+    amortization = harm.learned.amortization
+    if amortization is None or not _positive(amortization.total()):
+        return ""
+    return (
+        f" The encoder costs {_shown(amortization.total())} nats as trained: more capacity, or "
+        "more of its steps per step of the model, may help."
+    )
 
 
 def _family(harm: LearningHarm) -> str:
@@ -190,8 +234,8 @@ def _family(harm: LearningHarm) -> str:
     )
 
 
-def _remedy() -> str:
-    return (
-        "audit.reference.apply() keeps the better parameters, with the guide retrained there; "
-        "training with ImportanceWeightedELBO in place of Trace_ELBO leads toward them."
-    )
+def _remedy(harm: LearningHarm) -> str:
+    keep = "audit.reference.apply() keeps the better parameters, with the guide retrained there"
+    if not _positive(harm.learned.gap.total()):
+        return f"{keep}."
+    return f"{keep}; training with ImportanceWeightedELBO in place of Trace_ELBO leads toward them."

@@ -144,7 +144,9 @@ class AnnealedImportanceSampling:
             progress: show a bar.
         """
         start = match_start(densities, self.prior_share) if start is None else start
-        with tqdm(total=3, desc="annealing", disable=not progress, delay=2, leave=False) as bar:
+        with tqdm(
+            total=3, desc="annealing", disable=not progress or None, delay=2, leave=False
+        ) as bar:
             plan, variance = self.pilot(densities, start)
             bar.update()
             latents = plan.start.sample(densities, self.num_particles)

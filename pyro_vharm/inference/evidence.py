@@ -51,6 +51,7 @@ class Evidence:
         upper_replicates: totals of independent stochastic upper bounds, shape ``(M,)``, from runs
             that start at chain output; ``None`` where the method has none.
         effective_sizes: effective sample size of each unit's weights, shape ``(unit,)``.
+        num_particles: weights per unit.
         acceptance: mean acceptance probability per unit, ``None`` without transitions.
         num_nonfinite: weights that were not finite and count as zero.
         method: the method's settings.
@@ -60,6 +61,7 @@ class Evidence:
     lower_replicates: Tensor | None
     upper_replicates: Tensor | None
     effective_sizes: Tensor
+    num_particles: int
     acceptance: Tensor | None
     num_nonfinite: int
     method: str
@@ -99,9 +101,12 @@ class Evidence:
         per_unit = total.per_unit
         footer = [
             f"{total.num_units} units, {per_unit.value:.4f} nats each, by {self.method}",
-            f"effective sample size: median {float(self.effective_sizes.median()):.1f}, "
-            f"least {float(self.effective_sizes.min()):.1f}",
         ]
+        if self.lower_replicates is not None:
+            footer.append(
+                f"effective sample size: median {float(self.effective_sizes.median()):.1f}, least "
+                f"{float(self.effective_sizes.min()):.1f} of {self.num_particles}"
+            )
         if self.acceptance is not None:
             footer.append(f"acceptance: mean {float(self.acceptance.mean()):.2f}")
         if self.num_nonfinite:
@@ -139,7 +144,9 @@ def estimate_evidence(
         delta: the failure probability for which the number of replicates is chosen.
     """
     single = len(densities) == 1
-    bar = tqdm(densities, desc="evidence", disable=single or not progress, delay=2, leave=False)
+    bar = tqdm(
+        densities, desc="evidence", disable=single or not progress or None, delay=2, leave=False
+    )
     runs = [method.run(batch, progress=progress and single) for batch in bar]
     per_unit, sizes = zip(*(_estimate(run) for run in runs), strict=True)
     lower = upper = None
@@ -157,6 +164,7 @@ def estimate_evidence(
         lower_replicates=lower,
         upper_replicates=upper,
         effective_sizes=torch.cat(sizes),
+        num_particles=len(runs[0].log_weights),
         acceptance=torch.cat(acceptance) if acceptance else None,
         num_nonfinite=sum(run.num_nonfinite for run in runs),
         method=str(method),

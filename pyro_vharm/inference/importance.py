@@ -72,7 +72,9 @@ class ImportanceSampling:
         sizes = [min(per_pass, count - done) for done in range(0, count, per_pass)]
         latents, log_weights = [], []
         with torch.no_grad():
-            for size in tqdm(sizes, desc="importance", disable=not progress, delay=2, leave=False):
+            for size in tqdm(
+                sizes, desc="importance", disable=not progress or None, delay=2, leave=False
+            ):
                 draws = start.sample(densities, size)
                 terms = densities.terms(draws)
                 latents.append(draws)

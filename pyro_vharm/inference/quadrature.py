@@ -126,7 +126,7 @@ class Quadrature:
         progress: bool,
     ) -> Particles:
         count, previous = 32, None
-        with tqdm(desc="quadrature", disable=not progress, delay=2, leave=False) as bar:
+        with tqdm(desc="quadrature", disable=not progress or None, delay=2, leave=False) as bar:
             while True:
                 nodes = _grid(box, count)
                 values = _log_density(densities, start, nodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ __all__ = [
 
 type Fresh = Callable[[], tuple[PyroFunction, PyroFunction]]
 
+_MOST_ROUNDS, _MOST_DOUBLINGS, _LEAST_GAIN = 8, 20, 0.05
 _MONITOR = AnnealedImportanceSampling(num_particles=8, num_steps=5)
 
 
@@ -198,7 +200,9 @@ def learn_reference(
 
     The learner starts at the present parameters, and afresh where that is possible: from what
     `fresh` returns, or, where all of the model's parameters are ``pyro.param`` statements, from
-    their initial values. The best by log evidence on the training data is the reference.
+    their initial values. Where going as far again in the same direction raises log evidence, it
+    goes on from there. The best by log evidence on the training data is the reference, which is
+    the present parameters where nothing better was found.
 
     Args:
         model: a trained Pyro model.
@@ -230,7 +234,10 @@ def train_reference(
         )
     name = f"importance weights, K = {learner.num_particles}"
     started = _start_afresh(problem, fresh)
-    candidates = [_attempt(problem, learner, f"{name}, from θ̂", progress)]
+    candidates = [
+        _as_learned(problem),
+        _attempt(problem, learner, f"{name}, from θ̂", progress),
+    ]
     if isinstance(started, _FreshStart):
         with pyro.get_param_store().scope(started.store):
             candidates.append(_attempt(started.problem, learner, f"{name}, afresh", progress))
@@ -272,8 +279,44 @@ def _attempt(
 ) -> _Candidate:
     theta, phi = problem.model_parameters, problem.guide_parameters
     with theta.at(theta.values()), phi.at(phi.values()):
-        learner.learn(problem, progress)
-        return _Candidate(name, _monitor(problem), theta.values(), phi.values())
+        for _ in range(_MOST_ROUNDS):
+            before = theta.values(), phi.values()
+            learner.learn(problem, progress)
+            reached = _monitor(problem)
+            if not _go_further(problem, *before, reached):
+                break
+        return _Candidate(name, reached, theta.values(), phi.values())
+
+
+def _as_learned(problem: Problem) -> _Candidate:
+    theta, phi = problem.model_parameters, problem.guide_parameters
+    return _Candidate("θ̂ itself", _monitor(problem), theta.values(), phi.values())
+
+
+def _go_further(
+    problem: Problem,
+    model_before: Mapping[str, Tensor],
+    guide_before: Mapping[str, Tensor],
+    reached: Estimate,
+) -> bool:
+    """Double the displacement of θ and φ while log evidence rises; whether it ever did.
+
+    A learner whose steps are small beside the distance it has to go ends somewhere on the way;
+    going as far again in the same direction shows it, and mends it.
+    """
+    theta, phi, moved = problem.model_parameters, problem.guide_parameters, False
+    for _ in range(_MOST_DOUBLINGS):
+        here, guide_here = theta.values(), phi.values()
+        theta.assign({name: 2 * here[name] - model_before[name] for name in here})
+        phi.assign({name: 2 * guide_here[name] - guide_before[name] for name in guide_here})
+        further = _monitor(problem)
+        error = math.hypot(further.mc_error, reached.mc_error)
+        if not further.value > reached.value + max(2 * error, _LEAST_GAIN):
+            theta.assign(here)
+            phi.assign(guide_here)
+            return moved
+        reached, moved = further, True
+    return moved
 
 
 class _FreshStart(NamedTuple):

@@ -83,7 +83,11 @@ def refitted_elbo(problem: Problem, refit: Refit, *, progress: bool) -> UnitEsti
     """
     single = len(problem.densities) == 1
     bar = tqdm(
-        problem.densities, desc="refitting", disable=single or not progress, delay=2, leave=False
+        problem.densities,
+        desc="refitting",
+        disable=single or not progress or None,
+        delay=2,
+        leave=False,
     )
     parts = [_refit_batch(problem, densities, refit, progress and single) for densities in bar]
     found = [part for part in parts if part is not None]

@@ -63,7 +63,11 @@ def minimise(
     bad = 0
     try:
         for step in tqdm(
-            range(schedule.num_steps), desc=description, disable=not progress, delay=2, leave=False
+            range(schedule.num_steps),
+            desc=description,
+            disable=not progress or None,
+            delay=2,
+            leave=False,
         ):
             value = loss(step)
             gradients = torch.autograd.grad(value, leaves, allow_unused=True)

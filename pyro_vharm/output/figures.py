@@ -29,15 +29,16 @@ def plot_ledger(tree: xr.DataTree, *, figsize: tuple[float, float] | None = None
     groups = [group for group in _TITLES if group in tree.children]
     if not groups:
         raise KeyError("the tree has no group 'ledger'; make it with to_datatree(audit)")
-    size = (5.2 * len(groups), 3.6) if figsize is None else figsize
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=size, squeeze=False, sharey=True, layout="constrained"
-    )
+    size = (5.4 * len(groups) + 1.0, 3.0) if figsize is None else figsize
+    figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False, layout="constrained")
     for axis, group in zip(axes[0], groups, strict=True):
         ledger = tree[group].to_dataset()
         _waterfall(axis, ledger)
-        axis.set_title(f"{_TITLES[group]}, {ledger.attrs['num_units']} units", fontsize=10)
-    axes[0][0].set_ylabel("nats per unit above the ELBO as learned")
+        num_units = ledger.attrs["num_units"]
+        units = "one joint unit" if num_units == 1 else f"{num_units} units"
+        axis.set_title(f"{_TITLES[group]}, {units}", fontsize=10)
+        unit = "nats" if num_units == 1 else "nats per unit"
+        axis.set_xlabel(f"{unit} above the ELBO as learned")
     return figure
 
 
@@ -49,33 +50,28 @@ def _waterfall(axis: Axes, ledger: xr.Dataset) -> None:
     base = totals.get("= ELBO as learned", totals[steps[-1]])
     level = totals[steps[0]] - base
     for position, name in enumerate(steps):
-        value = totals[name]
+        value, error = totals[name], 2 * _error(ledger, name) / num_units
         if name.startswith("−"):
-            bottom, height, level = level - value, value, level - value
-            colour = _COLOURS["harm" if "harm" in name else "gap"]
-            label = f"{value:.3f}"
+            left, width, level = level - value, value, level - value
+            colour, label = _COLOURS["harm" if "harm" in name else "gap"], f"{value:.3f}"
         else:
-            bottom, height, level = 0.0, value - base, value - base
+            left, width, level = 0.0, value - base, value - base
             colour, label = _COLOURS["level"], f"{value:.2f}"
-        axis.bar(position, height, 0.7, bottom, color=colour)
-        axis.errorbar(
-            position,
-            bottom + height,
-            2 * _error(ledger, name) / num_units,
-            color="black",
-            capsize=3,
-        )
+        end = left + width
+        axis.barh(position, width, 0.7, left, color=colour)
+        axis.errorbar(end, position, xerr=error, color="black", capsize=3)
         axis.annotate(
             label,
-            (position, max(bottom + height, bottom)),
-            xytext=(0, 6),
+            (max(left, end) + error, position),
+            xytext=(6, 0),
             textcoords="offset points",
-            ha="center",
+            va="center",
             fontsize=9,
         )
-    axis.set_xticks(range(len(steps)), [_wrap(name) for name in steps], fontsize=8)
-    axis.axhline(0.0, color="black", linewidth=0.8)
-    axis.margins(y=0.15)
+    axis.set_yticks(range(len(steps)), steps, fontsize=9)
+    axis.invert_yaxis()
+    axis.axvline(0.0, color="black", linewidth=0.8)
+    axis.margins(x=0.2)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -85,12 +81,3 @@ def _error(ledger: xr.Dataset, name: str) -> float:
     if name.startswith("−"):
         sampling = float(line["sampling_error"].fillna(0.0))
     return float((float(line["mc_error"]) ** 2 + sampling**2) ** 0.5)
-
-
-def _wrap(name: str) -> str:
-    return (
-        name.replace("log evidence ", "log evidence\n")
-        .replace(" gap", "\ngap")
-        .replace("ELBO ", "ELBO\n")
-        .replace("learning harm", "learning\nharm")
-    )
