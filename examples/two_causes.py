@@ -101,7 +101,9 @@ def draw_path(path: list[list[float]], file: Path) -> None:
     figure, axis = plt.subplots(figsize=(4.2, 4.0), layout="constrained")
     angle = np.linspace(0, 2 * np.pi, 200)
     radius = np.hypot(*points[-1])
-    axis.plot(radius * np.cos(angle), radius * np.sin(angle), color="0.8", label="evidence as learned")
+    axis.plot(
+        radius * np.cos(angle), radius * np.sin(angle), color="0.8", label="evidence as learned"
+    )
     axis.plot(points[:, 0], points[:, 1], color="#bf3f4a", label="SVI")
     axis.plot(*points[0], "o", color="#bf3f4a", mfc="white")
     axis.plot(*points[-1], "o", color="#bf3f4a")

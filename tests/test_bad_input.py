@@ -13,19 +13,12 @@ from pyro.infer.autoguide import (
 from torch import nn
 
 import pyro_vharm as vh
+from tests.zoo import normal_guide, normal_model
 
 V = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def model(v):
-    with pyro.plate("units", len(v)):
-        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
-        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
-
-
-def guide(v):
-    with pyro.plate("units", len(v)):
-        pyro.sample("h", dist.Normal(0.5 * v, 0.7))
+model, guide = normal_model, normal_guide(0.5, 0.7)
 
 
 def learned_model(v):

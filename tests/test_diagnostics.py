@@ -17,7 +17,14 @@ from pyro_vharm.model.families import free_arguments
 from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import prepare
 from tests.statistics import Z
-from tests.zoo import LOADINGS, NOISE, linear_gaussian, linear_gaussian_posterior
+from tests.zoo import (
+    LOADINGS,
+    NOISE,
+    linear_gaussian,
+    linear_gaussian_posterior,
+    normal_guide,
+    normal_model,
+)
 
 LEARNER = vh.ImportanceWeightedLearner(
     num_particles=32, num_steps=400, learning_rate=0.02, guide_steps=400
@@ -211,16 +218,8 @@ def test_the_split_of_the_gap_in_closed_form():
     """An encoder that is off by a known amount: the family's share is 0, the encoder's known."""
     v = torch.randn(7)
 
-    def model(v):
-        with pyro.plate("units", len(v)):
-            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
-            pyro.sample("v", dist.Normal(h, 1.0), obs=v)
-
-    def guide(v):
-        with pyro.plate("units", len(v)):
-            pyro.sample("h", dist.Normal(0.2 * v, 0.9))
-
-    gap = vh.inference_gap(model, guide, (v,), refit=REFIT, progress=False)
+    guide = normal_guide(0.2, 0.9)
+    gap = vh.inference_gap(normal_model, guide, (v,), refit=REFIT, progress=False)
     q, p = dist.Normal(0.2 * v, 0.9), dist.Normal(0.5 * v, 0.5**0.5)
     exact = torch.distributions.kl_divergence(q, p)
     assert bool(((gap.gap.values - exact).abs() < Z * gap.gap.mc_errors).all())
@@ -495,15 +494,6 @@ def test_material_harm_grows_with_parameters_and_stays_below_a_hundredth_per_uni
 def test_refit_arrives_from_far_away():
     v = torch.randn(5)
 
-    def model(v):
-        with pyro.plate("units", len(v)):
-            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
-            pyro.sample("v", dist.Normal(h, 1.0), obs=v)
-
-    def guide(v):
-        with pyro.plate("units", len(v)):
-            pyro.sample("h", dist.Normal(0.0 * v - 3.0, 0.01))
-
-    gap = vh.inference_gap(model, guide, (v,), progress=False)
+    gap = vh.inference_gap(normal_model, normal_guide(3.0, 0.01), (v,), progress=False)
     assert abs(gap.approximation.total().value) < 0.02
     assert gap.gap.total().value > 20

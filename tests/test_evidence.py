@@ -19,7 +19,7 @@ from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_gaussia
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.particles import log_mean_exp
 from tests.statistics import Z, assert_mean, rejects
-from tests.zoo import MAKERS, linear_gaussian, linear_gaussian_posterior, two_modes
+from tests.zoo import LOADINGS, MAKERS, linear_gaussian, linear_gaussian_posterior, two_modes
 
 ANNEALED = AnnealedImportanceSampling(num_particles=8, num_steps=3, num_leapfrog=2, num_settling=2)
 STOCHASTIC = [
@@ -236,3 +236,30 @@ def test_no_finite_weight_at_all_is_a_bound_of_minus_infinity():
         for seed in range(12)
     ]
     assert any(bound.value == -torch.inf for bound in bounds)
+
+
+def test_single_precision_is_as_good_as_it_can_be():
+    case = linear_gaussian()
+    (v,) = case.data
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.zoo.LOADINGS", LOADINGS.float())
+        evidence = log_evidence(case.model, (v.float(),), guide=case.guide, progress=False)
+    assert evidence.per_unit.values.dtype == torch.float32
+    error = (evidence.per_unit.values.double() - case.exact).abs()
+    assert bool((error < evidence.per_unit.errors + 1e-5).all())
+    assert evidence.num_particles <= 128**2, "rounding does not drive the grid to its limit"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("seed", range(20))
+def test_bounds_hold_over_many_seeds(make, seed):
+    case = make()
+    method = AnnealedImportanceSampling(num_particles=16, num_steps=10)
+    evidence = log_evidence(
+        case.model, case.data, guide=case.guide, method=method, seed=seed, progress=False
+    )
+    exact = float(case.exact.sum())
+    assert evidence.lower(1e-4).value < exact
+    if make is not two_modes:
+        assert exact < evidence.upper(1e-4).value

@@ -15,6 +15,23 @@ LOADINGS = torch.tensor([[1.0, 0.7, -0.2], [0.8, -0.5, 1.5]], dtype=torch.float6
 NOISE = 0.6
 
 
+def normal_model(v):
+    """h ~ N(0, 1), v | h ~ N(h, 1): the posterior is N(v/2, 1/2)."""
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+
+def normal_guide(slope, scale):
+    """N(slope · v, scale²) for each unit of `normal_model`."""
+
+    def guide(v):
+        with pyro.plate("units", len(v)):
+            pyro.sample("h", dist.Normal(slope * v, scale))
+
+    return guide
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, a guide, its data, and log p(v_u) of each unit."""

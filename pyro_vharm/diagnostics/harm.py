@@ -178,6 +178,7 @@ class LearningHarm:
 
     def __str__(self) -> str:
         parts = [_ledger_table("training data", self.harm.num_units, self.ledger())]
+        parts += ["", _bounds_table(self.train)]
         if self.heldout_harm is not None:
             held = _ledger_table(
                 "held-out data", self.heldout_harm.num_units, self.heldout_ledger()
@@ -203,16 +204,36 @@ def _ledger_table(title: str, num_units: int, ledger: Mapping[str, Estimate | No
     header += ["total", "mc error"]
     header += ["per unit"] if num_units > 1 else []
     header += ["sampling error"] if sampled else []
-    rows = [_row(name, line)[: len(header)] for name, line in ledger.items()]
+    header += ["kind"]
+    rows = [_row(name, line, num_units > 1, sampled) for name, line in ledger.items()]
     return text_table(header, [row + [""] * (len(header) - len(row)) for row in rows])
 
 
-def _row(name: str, total: Estimate | None) -> list[str]:
+def _row(name: str, total: Estimate | None, per_unit: bool, sampled: bool) -> list[str]:
     if total is None:
         return [name, "unknown"]
     unit = total.per_unit
-    row = [name, nats(total.value), nats(total.mc_error), nats(unit.value, 4)]
-    return row if unit.sampling_error is None else [*row, nats(unit.sampling_error, 4)]
+    row = [name, nats(total.value), nats(total.mc_error)]
+    row += [nats(unit.value, 4)] if per_unit else []
+    row += [nats(unit.sampling_error or 0.0, 4)] if sampled else []
+    return [*row, str(total.kind)]
+
+
+def _bounds_table(pair: EvidencePair) -> str:
+    bounds = {
+        "log evidence at reference": (pair.reference.lower(), pair.reference.upper()),
+        "log evidence as learned": (pair.learned.lower(), pair.learned.upper()),
+        "learning harm": (pair.lower(), pair.upper()),
+    }
+    rows = [
+        [name, *(cell for bound in pair for cell in _bound_cells(bound))]
+        for name, pair in bounds.items()
+    ]
+    return text_table(["bounds on totals, 95 %", "lower", "kind", "upper", "kind"], rows)
+
+
+def _bound_cells(bound: Bound | None) -> tuple[str, str]:
+    return ("none", "") if bound is None else (nats(bound.value), str(bound.kind))
 
 
 def learning_harm(

@@ -176,7 +176,7 @@ def _climb(densities: UnitDensities, start: StartDensity, scouts: Tensor) -> tup
         moved = tried.gather(0, which[None, ..., None].expand(1, -1, -1, dim))[0]
         at = torch.where(up[..., None], moved, at)
         height = torch.where(up, highest, height)
-        length = torch.where(up, 2.0, 0.5) * length
+        length = torch.where(up, 2.0 * length, 0.5 * length)
     return torch.cat([scouts, at]), torch.cat([values, height])
 
 
