@@ -83,7 +83,7 @@ def audit(
     with untouched(seed):
         problem = prepare(model, guide, data, unit_plate=unit_plate)
         held, notes = prepare_heldout(problem, heldout)
-        chosen = choose_method(problem.densities) if method is None else method
+        chosen = choose_method(problem.densities, method)
         settings = {"seed": str(seed), "method": str(chosen), "learner": str(learner)}
         if not problem.model_parameters.leaves:
             gap = measure_gap(problem, chosen, refit, progress=progress)

@@ -291,6 +291,11 @@ def test_audits_that_are_refused_before_any_work():
         call(reference={"weight": -1.0})
     with pytest.raises(vh.InputError, match="unconstrained shape"):
         call(reference={"weight": [1.0, 2.0]})
+    with pytest.raises(vh.InputError, match="reference must be a Reference or a mapping"):
+        call(reference=3)
+    for method in ("annealed", vh.Quadrature):
+        with pytest.raises(vh.InputError, match="method must be an inference method"):
+            call(method=method)
     with pytest.raises(vh.InputError, match="heldout is a bare Tensor"):
         call(heldout=V)
     with pytest.raises(vh.InputError, match="audit needs the guide"):

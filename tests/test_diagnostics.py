@@ -497,3 +497,28 @@ def test_refit_arrives_from_far_away():
     gap = vh.inference_gap(normal_model, normal_guide(3.0, 0.01), (v,), progress=False)
     assert abs(gap.approximation.total().value) < 0.02
     assert gap.gap.total().value > 20
+
+
+def test_batches_give_the_same_audit_as_the_whole(effects):
+    exact, learned = optima(effects)
+    set_tied(learned)
+    settings = {"reference": {"a": exact}, "refit": vh.Refit(20), "learner": LEARNER}
+    whole = vh.audit(tied_model, tied_guide, (effects,), **settings)
+    batched = vh.audit(tied_model, tied_guide, list(effects.split(25)), progress=True, **settings)
+    named = vh.audit(tied_model, tied_guide, {"v": effects}, unit_plate="units", **settings)
+    for other in (batched, named):
+        assert other.verdict.outcome == whole.verdict.outcome == "harm"
+        assert torch.allclose(other.harm.train.harm.values, whole.harm.train.harm.values, atol=1e-6)
+        gap = (other.gap.elbo - whole.gap.elbo).total()
+        assert abs(gap.value) < Z * gap.mc_error
+
+
+def test_a_learner_takes_batches(effects):
+    set_tied(1.2)
+    learner = vh.ImportanceWeightedLearner(
+        num_particles=16, num_steps=600, learning_rate=0.02, guide_steps=5
+    )
+    reference = vh.learn_reference(
+        tied_model, iter(effects.split(25)), guide=tied_guide, learner=learner, progress=False
+    )
+    assert float(reference.parameters["a"]) == pytest.approx(optima(effects)[0], rel=0.1)

@@ -263,3 +263,22 @@ def test_bounds_hold_over_many_seeds(make, seed):
     assert evidence.lower(1e-4).value < exact
     if make is not two_modes:
         assert exact < evidence.upper(1e-4).value
+
+
+def test_law_5_centred_and_not_centred_models_have_the_same_evidence():
+    v = torch.tensor([0.5, 3.0, -2.0])
+
+    def centred(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_tensor(1.0), 2.0))
+            pyro.sample("v", dist.Normal(h, 0.5), obs=v)
+
+    def not_centred(v):
+        with pyro.plate("units", len(v)):
+            e = pyro.sample("e", dist.Normal(v.new_tensor(0.0), 1.0))
+            pyro.sample("v", dist.Normal(1.0 + 2.0 * e, 0.5), obs=v)
+
+    values = [log_evidence(m, (v,), progress=False).per_unit.values for m in (centred, not_centred)]
+    assert torch.allclose(*values, atol=1e-9)
+    scaled = log_evidence(pyro.poutine.scale(centred, scale=0.1), (v,), progress=False)
+    assert torch.allclose(scaled.per_unit.values, values[0], atol=1e-9)

@@ -111,7 +111,7 @@ def inference_gap(
         raise InputError("inference_gap needs the guide whose ELBO it compares with the evidence")
     with untouched(seed):
         problem = prepare(model, guide, data, unit_plate=unit_plate)
-        chosen = choose_method(problem.densities) if method is None else method
+        chosen = choose_method(problem.densities, method)
         return measure_gap(problem, chosen, refit or Refit(), progress=progress)
 
 

@@ -269,7 +269,7 @@ def learning_harm(
     with untouched(seed):
         problem = prepare(model, guide, data, unit_plate=unit_plate)
         held, notes = prepare_heldout(problem, heldout)
-        chosen = choose_method(problem.densities) if method is None else method
+        chosen = choose_method(problem.densities, method)
         refit = Refit() if refit is None else refit
         found = resolve_reference(
             problem, reference, ImportanceWeightedLearner(), progress=progress
@@ -294,6 +294,11 @@ def resolve_reference(
                 f"{sorted(problem.model_parameters.leaves)}"
             )
         return reference
+    if not isinstance(reference, Mapping):
+        raise InputError(
+            "reference must be a Reference or a mapping from parameter names to values, not "
+            f"{reference!r}"
+        )
     return given_reference(problem, reference, learner, progress=progress)
 
 
@@ -310,7 +315,7 @@ def prepare_heldout(
             return held, ()
         reason = "it gives held-out units the densities of training units, whatever the data"
     except InputError as error:
-        reason = f"it raised: {str(error).splitlines()[0]}"
+        reason = str(error.__cause__ or error).splitlines()[0]
     held = prepare(problem.model, None, heldout, unit_plate=plate, name="heldout")
     return held, (f"the guide was left out on held-out data: {reason}",)
 

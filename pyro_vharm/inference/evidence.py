@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Bound, Kind, UnitEstimates, concatenate
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.quadrature import Quadrature
@@ -121,8 +122,21 @@ def _bound_row(name: str, bound: Bound) -> list[str]:
     return [name, f"{bound.value:.3f}", f"{bound.confidence:.0%}", str(bound.kind)]
 
 
-def choose_method(densities: Sequence[UnitDensities]) -> InferenceMethod:
-    """Quadrature for units of one or two latent dimensions, annealed importance sampling beyond."""
+def choose_method(
+    densities: Sequence[UnitDensities], method: InferenceMethod | None = None
+) -> InferenceMethod:
+    """The user's method; or quadrature for one or two latent dimensions, annealing beyond.
+
+    Raises:
+        InputError: if the method is not one.
+    """
+    if method is not None:
+        if not callable(getattr(method, "run", None)) or isinstance(method, type):
+            raise InputError(
+                f"method must be an inference method, such as AnnealedImportanceSampling(), not "
+                f"{method!r}"
+            )
+        return method
     if densities[0].dim <= 2:
         return Quadrature()
     return AnnealedImportanceSampling()
@@ -242,5 +256,5 @@ def log_evidence(
     """
     with untouched(seed):
         problem = prepare(model, guide, data, unit_plate=unit_plate)
-        chosen = choose_method(problem.densities) if method is None else method
+        chosen = choose_method(problem.densities, method)
         return estimate_evidence(problem.densities, chosen, progress=progress)
