@@ -26,7 +26,7 @@ docs: $(READY)
 	$(RUN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 examples: $(READY)
-	$(RUN)/python examples/digits_vae.py --epochs 3 --reference-steps 30 --out out/ci
+	$(RUN)/python examples/digits_vae.py --epochs 20 --reference-steps 50 --out out/ci
 	$(RUN)/python examples/two_causes.py --steps 100 --out out/ci
 	$(RUN)/python examples/nile.py --steps 200 --temperatures 3 --out out/ci
 

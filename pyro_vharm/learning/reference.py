@@ -38,8 +38,8 @@ __all__ = [
 
 type Fresh = Callable[[], tuple[PyroFunction, PyroFunction]]
 
-_MOST_ROUNDS, _MOST_DOUBLINGS, _LEAST_GAIN = 8, 20, 0.05
-_MONITOR = AnnealedImportanceSampling(num_particles=8, num_steps=5)
+_MOST_ROUNDS, _MOST_DOUBLINGS, _LEAST_GAIN = 5, 20, 0.05
+_PROBED_UNITS, _MANY_DIMS = 200, 10
 
 
 @dataclass(frozen=True)
@@ -279,13 +279,19 @@ def _attempt(
 ) -> _Candidate:
     theta, phi = problem.model_parameters, problem.guide_parameters
     with theta.at(theta.values()), phi.at(phi.values()):
+        probe = _probe(problem)
         for _ in range(_MOST_ROUNDS):
             before = theta.values(), phi.values()
             learner.learn(problem, progress)
-            reached = _monitor(problem)
-            if not _go_further(problem, *before, reached):
+            if not _go_further(probe, *before):
                 break
-        return _Candidate(name, reached, theta.values(), phi.values())
+        return _Candidate(name, _monitor(problem), theta.values(), phi.values())
+
+
+def _probe(problem: Problem) -> Problem:
+    """A few hundred of the units, if they can be had apart, with the same live parameters."""
+    part = cut_batch(problem.densities[0], _PROBED_UNITS)[0]
+    return prepare(problem.model, problem.guide, [part], unit_plate=problem.layout.plate)
 
 
 def _as_learned(problem: Problem) -> _Candidate:
@@ -297,7 +303,6 @@ def _go_further(
     problem: Problem,
     model_before: Mapping[str, Tensor],
     guide_before: Mapping[str, Tensor],
-    reached: Estimate,
 ) -> bool:
     """Double the displacement of θ and φ while log evidence rises; whether it ever did.
 
@@ -305,6 +310,7 @@ def _go_further(
     going as far again in the same direction shows it, and mends it.
     """
     theta, phi, moved = problem.model_parameters, problem.guide_parameters, False
+    reached = _monitor(problem)
     for _ in range(_MOST_DOUBLINGS):
         here, guide_here = theta.values(), phi.values()
         theta.assign({name: 2 * here[name] - model_before[name] for name in here})
@@ -365,6 +371,10 @@ def _retrain(
 
 def _monitor(problem: Problem) -> Estimate:
     """Log evidence as a learner left it, to choose between attempts and for nothing else."""
-    small = problem.densities[0].dim <= 2
-    method: InferenceMethod = Quadrature() if small else _MONITOR
+    dim = problem.densities[0].dim
+    method: InferenceMethod = Quadrature()
+    if dim > 2:
+        method = AnnealedImportanceSampling(
+            num_particles=8, num_steps=5, num_settling=5, refit_start=dim > _MANY_DIMS
+        )
     return estimate_evidence(problem.densities, method).per_unit.total()
