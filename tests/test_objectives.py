@@ -8,7 +8,6 @@ import pytest
 import torch
 from pyro.infer import SVI, RenyiELBO
 from pyro.infer.autoguide import AutoNormal
-from torch import nn
 
 from pyro_vharm import ImportanceWeightedELBO, InputError
 from pyro_vharm.model.data import Batch
@@ -165,10 +164,9 @@ def test_svi_and_loss_module_both_learn():
     assert abs(learned - exact) < 0.1 * exact
     assert sum(losses[-20:]) < sum(losses[:20])
 
-    module = nn.Linear(1, 1)
     loss = ImportanceWeightedELBO(4)(model, guide)(v)
     loss.backward()
-    assert loss.dim() == 0 and module is not None
+    assert loss.dim() == 0
     assert all(p.grad is not None for p in guide.parameters())
 
 

@@ -328,10 +328,11 @@ def _same_guide_density(train: Problem, heldout: Problem) -> bool:
     with torch.no_grad():
         drawn = run_guide(train.guide, first.batch, first.layout, 2)
         again = run_guide(train.guide, second.batch, second.layout, 2, drawn.values)
-    return torch.equal(drawn.log_guide, again.log_guide) and not _same_arguments(first, second)
+    return torch.equal(drawn.log_guide, again.log_guide) and not _same_data(first, second)
 
 
-def _same_arguments(first: UnitDensities, second: UnitDensities) -> bool:
+def _same_data(first: UnitDensities, second: UnitDensities) -> bool:
+    """Whether the model gives both the same densities at the same latents."""
     latents = torch.zeros(1, first.num_units, first.dim, dtype=first.dtype, device=first.device)
     with torch.no_grad():
         return torch.equal(first.log_joint(latents), second.log_joint(latents))

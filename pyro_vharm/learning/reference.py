@@ -17,7 +17,7 @@ from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.evidence import InferenceMethod, estimate_evidence
 from pyro_vharm.inference.quadrature import Quadrature
 from pyro_vharm.learning.training import Schedule, minimise, shuffled_passes
-from pyro_vharm.model.data import Batch, Data
+from pyro_vharm.model.data import Data
 from pyro_vharm.model.minibatches import cut_batch
 from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import Problem, capture_pair, prepare
@@ -68,7 +68,6 @@ class ImportanceWeightedLearner:
                 f"num_particles must be at least 2, not {self.num_particles}: with one the bound "
                 "is the ELBO, which is no better learner"
             )
-
         if self.batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {self.batch_size}")
         Schedule(self.num_steps, self.learning_rate)
@@ -78,9 +77,8 @@ class ImportanceWeightedLearner:
         """Train θ and φ, in place."""
         leaves = problem.model_parameters.trainable() + problem.guide_parameters.trainable()
         schedule = Schedule(self.num_steps, self.learning_rate)
-        batches = self._minibatches(problem)
         _maximise_bound(
-            problem, batches, leaves, schedule, self.num_particles, 1, "learning", progress
+            problem, self.batch_size, leaves, schedule, self.num_particles, 1, "learning", progress
         )
 
     def retrain_guide(self, problem: Problem, progress: bool) -> None:
@@ -89,18 +87,15 @@ class ImportanceWeightedLearner:
         if not leaves:
             return
         schedule = Schedule(self.guide_steps, self.learning_rate)
-        batches = self._minibatches(problem)
+        replicates = self.guide_replicates
         _maximise_bound(
-            problem, batches, leaves, schedule, 1, self.guide_replicates, "retraining", progress
+            problem, self.batch_size, leaves, schedule, 1, replicates, "retraining", progress
         )
-
-    def _minibatches(self, problem: Problem) -> list[Batch]:
-        return [part for d in problem.densities for part in cut_batch(d, self.batch_size)]
 
 
 def _maximise_bound(
     problem: Problem,
-    batches: Sequence[Batch],
+    batch_size: int,
     leaves: Sequence[Tensor],
     schedule: Schedule,
     num_particles: int,
@@ -110,6 +105,7 @@ def _maximise_bound(
 ) -> None:
     guide = problem.guide
     assert guide is not None, "callers check for a guide first"
+    batches = [part for d in problem.densities for part in cut_batch(d, batch_size)]
     order = shuffled_passes(len(batches), schedule.num_steps)
 
     def loss(step: int) -> Tensor:
