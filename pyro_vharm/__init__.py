@@ -12,9 +12,15 @@ from pyro_vharm.auditing import audit
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
 from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm, learning_harm
 from pyro_vharm.diagnostics.verdict import Audit, Verdict
-from pyro_vharm.errors import InputError, JointUnitWarning
+from pyro_vharm.errors import (
+    InputError,
+    JointUnitWarning,
+    LoopedRunsWarning,
+    UncompiledWarning,
+)
 from pyro_vharm.estimates import Bound, Estimate, Kind, UnitEstimates
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
+from pyro_vharm.inference.enumeration import Enumeration
 from pyro_vharm.inference.evidence import Evidence, log_evidence
 from pyro_vharm.inference.importance import ImportanceSampling
 from pyro_vharm.inference.quadrature import Quadrature
@@ -35,6 +41,7 @@ __all__ = [
     "Attempt",
     "Audit",
     "Bound",
+    "Enumeration",
     "Estimate",
     "Evidence",
     "EvidencePair",
@@ -46,10 +53,12 @@ __all__ = [
     "JointUnitWarning",
     "Kind",
     "LearningHarm",
+    "LoopedRunsWarning",
     "Particles",
     "Quadrature",
     "Reference",
     "Refit",
+    "UncompiledWarning",
     "UnitEstimates",
     "Verdict",
     "audit",

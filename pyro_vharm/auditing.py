@@ -9,6 +9,7 @@ from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
 from pyro_vharm.diagnostics.harm import measure_harm, prepare_heldout, resolve_reference
 from pyro_vharm.diagnostics.verdict import Audit, Verdict, judge, material_harm
 from pyro_vharm.errors import InputError
+from pyro_vharm.estimates import UnitEstimates
 from pyro_vharm.inference.evidence import InferenceMethod, choose_method
 from pyro_vharm.learning.reference import (
     Fresh,
@@ -99,11 +100,15 @@ def audit(
         return Audit(gap, harm, judge(harm, material), settings)
 
 
+def _shown(units: UnitEstimates) -> str:
+    return nats(units.total().value, 2)
+
+
 def _without_parameters(gap: InferenceGap) -> Verdict:
     return Verdict(
         "no harm found",
         (
-            "The model has no parameters, so nothing was learned and nothing could be harmed; the "
-            f"inference gap is {nats(gap.gap.total().value, 2)} nats.",
+            "The model has no parameters, so nothing was learned and nothing could be harmed. "
+            + ("" if gap.gap is None else f"The inference gap is {_shown(gap.gap)} nats."),
         ),
     )

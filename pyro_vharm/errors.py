@@ -1,8 +1,8 @@
-"""What can go wrong before any long work starts: one error for bad input, one warning for units."""
+"""What can go wrong: one error for bad input, and warnings of what is worse than it could be."""
 
 from __future__ import annotations
 
-__all__ = ["InputError", "JointUnitWarning"]
+__all__ = ["InputError", "JointUnitWarning", "LoopedRunsWarning", "UncompiledWarning"]
 
 
 class InputError(ValueError):
@@ -11,3 +11,11 @@ class InputError(ValueError):
 
 class JointUnitWarning(UserWarning):
     """The data were not split into units because a site stands outside every common plate."""
+
+
+class LoopedRunsWarning(UserWarning):
+    """A model or guide is run one particle at a time, as it gives other numbers when vectorised."""
+
+
+class UncompiledWarning(UserWarning):
+    """A long computation runs uncompiled: no compiler works here, or the model is not traceable."""

@@ -97,17 +97,30 @@ class UnitEstimates:
         kind: the weakest kind among the numbers that entered.
         systematic: allowances that add up over units instead of averaging out (quadrature error,
             half the disagreement of forward and reverse runs), shape ``(unit,)`` or ``None``.
+        units_each: how many units each value stands for: all, where one can be had for the total
+            only.
     """
 
     values: Tensor
     mc_errors: Tensor
     kind: Kind
     systematic: Tensor | None = None
+    units_each: int = 1
 
     @property
     def num_units(self) -> int:
         """The number of units."""
-        return self.values.shape[0]
+        return self.values.shape[0] * self.units_each
+
+    def pooled(self) -> UnitEstimates:
+        """All units as one value."""
+        return UnitEstimates(
+            values=self.values.sum(0, keepdim=True),
+            mc_errors=self.mc_errors.square().sum(0, keepdim=True).sqrt(),
+            kind=self.kind,
+            systematic=self._allowance().sum(0, keepdim=True),
+            units_each=self.num_units,
+        )
 
     def total(self) -> Estimate:
         """The sum over units; standard errors add in quadrature, systematic ones add up."""
@@ -130,7 +143,7 @@ class UnitEstimates:
         The sampling variance is n · var(values) less the Monte Carlo variance that is in it:
         differences of two models on the same units are paired before they come here.
         """
-        n = self.num_units
+        n = len(self.values)
         if n < 2:
             return replace(self.total(), sampling_error=math.inf)
         noise = float(self.mc_errors.double().square().sum())
@@ -138,12 +151,18 @@ class UnitEstimates:
         return replace(self.total(), sampling_error=math.sqrt(max(variance, 0.0)))
 
     def __sub__(self, other: UnitEstimates) -> UnitEstimates:
-        """Difference of two estimates made from independent random numbers."""
+        """Difference of two estimates made from independent random numbers.
+
+        Per unit where both are; of the totals where one is known in total only.
+        """
+        if self.units_each != other.units_each:
+            return self.pooled() - other.pooled()
         return UnitEstimates(
             values=self.values - other.values,
             mc_errors=torch.hypot(self.mc_errors, other.mc_errors),
             kind=max(self.kind, other.kind),
             systematic=self._allowance() + other._allowance(),
+            units_each=self.units_each,
         )
 
 
@@ -154,4 +173,5 @@ def concatenate(parts: Sequence[UnitEstimates]) -> UnitEstimates:
         mc_errors=torch.cat([part.mc_errors for part in parts]),
         kind=max(part.kind for part in parts),
         systematic=torch.cat([part._allowance() for part in parts]),
+        units_each=parts[0].units_each,
     )

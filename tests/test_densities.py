@@ -20,7 +20,7 @@ def test_importance_weights_of_guide_draws_have_the_evidence_as_their_mean(make)
     with torch.no_grad():
         draws = problem.densities[0].draw_guide(20000)
     assert_mean((draws.log_weights - case.exact).exp(), 1.0)
-    assert torch.allclose(draws.terms.log_joint, problem.densities[0].log_joint(draws.latents))
+    assert torch.allclose(draws.log_joint, problem.densities[0].log_joint(draws.latents))
 
 
 def test_linear_gaussian_by_hand():

@@ -63,8 +63,12 @@ def test_law_2_the_mean_weight_is_the_evidence(replicated, method):
 
 
 def test_law_3_reverse_runs_from_exact_draws(replicated):
+    """The start lies inside the posterior: with wider tails 1/Ẑ has no finite variance to test."""
     densities, exact, v = replicated
-    plan, _ = ANNEALED.pilot(densities, match_start(densities, 0.05))
+    posterior = linear_gaussian_posterior(v)
+    narrow = UnitGaussian(posterior.mean + 0.1, 0.7 * posterior.scale_tril)
+    fixed = replace(ANNEALED, refit_start=False)
+    plan, _ = fixed.pilot(densities, StartDensity(narrow, 0.0))
     draws = linear_gaussian_posterior(v).sample(8)
     reverse = anneal_reverse(densities, plan, draws)
     assert_mean(log_mean_exp(-reverse.log_weights + exact).exp(), 1.0)

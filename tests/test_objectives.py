@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_vharm import ImportanceWeightedELBO, InputError
 from pyro_vharm.model.data import Batch
-from pyro_vharm.model.pairs import run_guide, run_model
+from pyro_vharm.model.runs import run_guide, run_model
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
 from tests.statistics import Z, assert_mean, rejects
@@ -42,10 +42,10 @@ def gradient(function, parameters):
 
 def pathwise(problem, num_particles, num_replicates):
     """The bound differentiated by plain automatic differentiation."""
-    batch, layout = problem.batches[0], problem.layout
+    batch, structure = problem.batches[0], problem.densities[0].structure
     count = num_particles * num_replicates
-    drawn = run_guide(problem.guide, batch, layout, count)
-    at = run_model(problem.model, batch, layout, count, drawn.latents)
+    drawn = run_guide(problem.guide, batch, structure, count)
+    at = run_model(problem.model, batch, structure, count, values=drawn.values)
     log_weights = (at.log_joint - drawn.log_guide).reshape(num_replicates, num_particles, -1)
     return log_weights.logsumexp(1).mean(0).sum() - math.log(num_particles) * log_weights.shape[-1]
 
@@ -61,7 +61,12 @@ def test_gradients_have_the_mean_of_pathwise_ones(num_particles):
 
     def doubly():
         bound = importance_weighted_bound(
-            structured_model, structured_guide, Batch((v,)), problem.layout, num_particles, 500
+            structured_model,
+            structured_guide,
+            Batch((v,)),
+            problem.densities[0].structure,
+            num_particles,
+            500,
         )
         return gradient(bound.surrogate, leaves)
 
@@ -86,7 +91,8 @@ def test_gradient_for_the_guide_vanishes_at_the_posterior():
 
     problem = prepare(normal_model, guide, (v,))
     slope = problem.guide_parameters.leaves["slope"]
-    bound = importance_weighted_bound(normal_model, guide, Batch((v,)), problem.layout, 8, 3)
+    structure = problem.densities[0].structure
+    bound = importance_weighted_bound(normal_model, guide, Batch((v,)), structure, 8, 3)
     assert float(gradient(bound.surrogate, [slope]).abs()) < 1e-9
     assert float(gradient(pathwise(problem, 8, 3), [slope]).abs()) > 1e-3
 
@@ -99,7 +105,12 @@ def test_the_bound_is_below_the_evidence_and_rises_with_particles(make):
     def bounds(num_particles):
         draws = [
             importance_weighted_bound(
-                case.model, case.guide, problem.batches[0], problem.layout, num_particles, 50
+                case.model,
+                case.guide,
+                problem.batches[0],
+                problem.densities[0].structure,
+                num_particles,
+                50,
             ).values.sum()
             for _ in range(30)
         ]

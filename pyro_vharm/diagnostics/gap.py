@@ -28,19 +28,19 @@ class InferenceGap:
 
     Attributes:
         evidence: ℓ(θ), with its bounds.
-        elbo: L(θ, q) per unit.
+        elbo: L(θ, q) per unit; ``None`` for a guide that holds continuous latents as points.
         refitted_elbo: L with the guide's family refitted to each unit; ``None`` where the family
             could not be freed.
     """
 
     evidence: Evidence
-    elbo: UnitEstimates
+    elbo: UnitEstimates | None
     refitted_elbo: UnitEstimates | None
 
     @property
-    def gap(self) -> UnitEstimates:
+    def gap(self) -> UnitEstimates | None:
         """G = ℓ(θ) − L(θ, q) = KL(q ‖ p(h | v; θ)) per unit."""
-        return self.evidence.per_unit - self.elbo
+        return None if self.elbo is None else self.evidence.per_unit - self.elbo
 
     @property
     def approximation(self) -> UnitEstimates | None:
@@ -50,7 +50,9 @@ class InferenceGap:
     @property
     def amortization(self) -> UnitEstimates | None:
         """G − A: what one q per unit would gain over the guide as it is; a lower bound."""
-        return None if self.refitted_elbo is None else self.refitted_elbo - self.elbo
+        if self.refitted_elbo is None or self.elbo is None:
+            return None
+        return self.refitted_elbo - self.elbo
 
     def __str__(self) -> str:
         entries = [
@@ -111,6 +113,13 @@ def inference_gap(
         raise InputError("inference_gap needs the guide whose ELBO it compares with the evidence")
     with untouched(seed):
         problem = prepare(model, guide, data, unit_plate=unit_plate)
+        if not problem.densities[0].has_guide_density:
+            raise InputError(
+                "the guide holds continuous latents as point masses (Delta), so "
+                "E_q[log p − log q] is a joint log density, no bound, and has no gap; "
+                "learning_harm says what learning lost, or use a guide with a density, such as "
+                "AutoNormal"
+            )
         chosen = choose_method(problem.densities, method)
         return measure_gap(problem, chosen, refit or Refit(), progress=progress)
 

@@ -25,8 +25,8 @@ from pyro_vharm.learning.reference import (
 from pyro_vharm.learning.refit import Refit, elbo_over_batches
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.pairs import run_guide
 from pyro_vharm.model.problem import Problem, prepare
+from pyro_vharm.model.runs import run_guide
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.tables import html_table, nats, text_table
@@ -128,12 +128,12 @@ class LearningHarm:
         return _total_difference(self.reference_gap.refitted_elbo, self.learned.elbo)
 
     @property
-    def excess_retrained(self) -> Estimate:
+    def excess_retrained(self) -> Estimate | None:
         """L(θ_ref, encoder retrained there) − L(θ̂, q̂): if positive, the optimiser is to blame.
 
         The user's own objective with the user's own guide has a better point than the one found.
         """
-        return (self.reference_gap.elbo - self.learned.elbo).total()
+        return _total_difference(self.reference_gap.elbo, self.learned.elbo)
 
     @property
     def excess_refitted(self) -> Estimate | None:
@@ -155,8 +155,8 @@ class LearningHarm:
             "= log evidence as learned": self.train.learned.per_unit.total(),
             "− approximation gap": _total(self.learned.approximation),
             "− amortization gap": _total(self.learned.amortization),
-            "= ELBO as learned": self.learned.elbo.total(),
-            "inference gap": self.learned.gap.total(),
+            "= ELBO as learned": _total(self.learned.elbo),
+            "inference gap": _total(self.learned.gap),
             "reachability gap": _total(self.reachability),
             "excess": self.excess,
             "excess, encoder retrained": self.excess_retrained,
@@ -293,6 +293,8 @@ def resolve_reference(
                 f"reference has the parameters {sorted(names)}, the model "
                 f"{sorted(problem.model_parameters.leaves)}"
             )
+        if reference.guide_values.keys() != problem.guide_parameters.leaves.keys():
+            return given_reference(problem, reference.parameters, learner, progress=progress)
         return reference
     if not isinstance(reference, Mapping):
         raise InputError(
@@ -326,8 +328,9 @@ def _same_guide_density(train: Problem, heldout: Problem) -> bool:
     if train.guide is None or first.num_units != second.num_units or first.layout.plate is None:
         return False
     with torch.no_grad():
-        drawn = run_guide(train.guide, first.batch, first.layout, 2)
-        again = run_guide(train.guide, second.batch, second.layout, 2, drawn.values)
+        drawn = run_guide(train.guide, first.batch, first.structure, 2)
+        values = {name: drawn.values[name] for name in drawn.random}
+        again = run_guide(train.guide, second.batch, second.structure, 2, values)
     return torch.equal(drawn.log_guide, again.log_guide) and not _same_data(first, second)
 
 

@@ -106,14 +106,12 @@ def judge(harm: LearningHarm, material: float) -> Verdict:
 
 def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
     estimate, lower, upper = harm.harm, harm.train.lower(), harm.train.upper()
-    gap = harm.learned.gap.total()
     shown = f"{_shown(estimate)} nats in total on the training data"
     if lower is not None and lower.value > material:
         certainty = "" if lower.confidence == 1 else f" with {lower.confidence:.0%} confidence"
         return "harm", (
             f"Learning lost at least {nats(lower.value, 2)} nats{certainty} ({lower.kind}); the "
-            f"estimate is {shown}{_per_unit(estimate)}. The visible gap is {nats(gap.value, 2)} "
-            f"nats: {_hidden(estimate, gap)}."
+            f"estimate is {shown}{_per_unit(estimate)}. {_visible(harm)}"
         )
     if estimate.value < -max(2 * estimate.mc_error, material):
         return "undecided", (
@@ -126,7 +124,7 @@ def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
         return "no harm found", (
             f"The best of what was tried is better by {shown}, by {nats(max(limit, 0.0), 2)} at "
             f"most, where {nats(material, 2)} nats would be called harm. A learner that goes "
-            f"farther might still find some. The visible gap is {nats(gap.value, 2)} nats."
+            f"farther might still find some. {_visible(harm)}"
         )
     if lower is None or upper is None:
         grounds = "the method has no upper bound on the log evidence as learned"
@@ -162,10 +160,17 @@ def _per_unit(estimate: Estimate) -> str:
     return f", {nats(estimate.per_unit.value)} per unit" if estimate.num_units > 1 else ""
 
 
-def _hidden(harm: Estimate, gap: Estimate) -> str:
+def _visible(harm: LearningHarm) -> str:
+    """What the inference gap shows, beside the harm where there is any."""
+    if harm.learned.gap is None:
+        return "The guide holds latents as points, so there is no gap."
+    gap, lost = harm.learned.gap.total(), harm.harm
+    shown = f"The visible gap is {nats(gap.value, 2)} nats"
+    if not _positive(lost):
+        return f"{shown}."
     if gap.value <= 2 * gap.mc_error:
-        return "nothing of the harm can be seen in it"
-    return f"the harm is {harm.value / gap.value:.1f} times what can be seen"
+        return f"{shown}: nothing of the harm can be seen in it."
+    return f"{shown}: the harm is {lost.value / gap.value:.1f} times what can be seen."
 
 
 def _tried(harm: LearningHarm) -> str:
@@ -193,10 +198,11 @@ def _positive(estimate: Estimate | None) -> bool:
 
 def _causes(harm: LearningHarm) -> list[str]:
     causes = []
-    if _positive(harm.excess_retrained):
+    retrained = harm.excess_retrained
+    if retrained is not None and _positive(retrained):
         causes.append(
             "The optimiser has a share: the ELBO itself is higher at the reference with the same "
-            f"guide retrained there, by {_shown(harm.excess_retrained)} nats, so it was not "
+            f"guide retrained there, by {_shown(retrained)} nats, so it was not "
             "maximised. Train longer, or from several starts."
         )
     refitted = harm.excess_refitted
@@ -219,12 +225,18 @@ def _encoder(harm: LearningHarm) -> str:
 
 
 def _family(harm: LearningHarm) -> str:
+    retrained, visible = harm.excess_retrained, harm.learned.gap
+    if retrained is None or visible is None:
+        return (
+            "A guide that holds latents as points trains the model on a joint density in place of "
+            "the evidence. A guide with a density would help."
+        )
     if harm.excess is None or harm.reachability is None:
         return (
             "The guide's family could not be freed for each unit, so its share is unknown; the "
-            f"ELBO at the reference is {nats(-harm.excess_retrained.value, 2)} nats lower."
+            f"ELBO at the reference is {nats(-retrained.value, 2)} nats lower."
         )
-    reach, gap = harm.reachability.total(), harm.learned.gap.total()
+    reach, gap = harm.reachability.total(), visible.total()
     return (
         f"The family is {_shown(reach)} nats from the reference's posteriors and {_shown(gap)} "
         f"from the learned ones, so the ELBO is lower at the reference, by "
@@ -236,6 +248,6 @@ def _family(harm: LearningHarm) -> str:
 
 def _remedy(harm: LearningHarm) -> str:
     keep = "audit.reference.apply() keeps the better parameters, with the guide retrained there"
-    if not _positive(harm.learned.gap.total()):
+    if harm.learned.gap is None or not _positive(harm.learned.gap.total()):
         return f"{keep}."
     return f"{keep}; training with ImportanceWeightedELBO in place of Trace_ELBO leads toward them."

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Bound, Kind, UnitEstimates, concatenate
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
+from pyro_vharm.inference.enumeration import Enumeration
 from pyro_vharm.inference.quadrature import Quadrature
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.densities import UnitDensities
@@ -48,7 +49,7 @@ class Evidence:
     Attributes:
         per_unit: estimates of log p(v_u; θ), corrected for the first-order bias of the logarithm.
         lower_replicates: totals of independent stochastic lower bounds, shape ``(M,)``;
-            ``None`` for quadrature.
+            ``None`` for quadrature and enumeration.
         upper_replicates: totals of independent stochastic upper bounds, shape ``(M,)``, from runs
             that start at chain output; ``None`` where the method has none.
         effective_sizes: effective sample size of each unit's weights, shape ``(unit,)``.
@@ -125,11 +126,21 @@ def _bound_row(name: str, bound: Bound) -> list[str]:
 def choose_method(
     densities: Sequence[UnitDensities], method: InferenceMethod | None = None
 ) -> InferenceMethod:
-    """The user's method; or quadrature for one or two latent dimensions, annealing beyond.
+    """The user's method; or, by continuous dimensions: none, enumeration; to two, quadrature.
+
+    Annealing beyond.
 
     Raises:
-        InputError: if the method is not one.
+        InputError: if the method is not one, or all latents are discrete and it is another than
+            enumeration.
     """
+    if densities[0].dim == 0:
+        if method is not None and not isinstance(method, Enumeration):
+            raise InputError(
+                f"all latents are discrete, so the evidence is exact by Enumeration(); leave out "
+                f"method={method!r}"
+            )
+        return Enumeration()
     if method is not None:
         if not callable(getattr(method, "run", None)) or isinstance(method, type):
             raise InputError(
@@ -230,12 +241,13 @@ def log_evidence(
     """Log evidence Σ_u log p(v_u; θ) at the parameters that the model holds now, in nats.
 
     Args:
-        model: a Pyro model with continuous latents.
+        model: a Pyro model; discrete latents are summed out.
         data: positional arguments as a tuple, keyword arguments as a Mapping, or an iterable of
             batches.
         guide: a trained guide; its draws say where to look. Without one, the prior does.
         method: `Quadrature`, `AnnealedImportanceSampling` or `ImportanceSampling`; by default the
-            first for units of one or two latent dimensions, the second beyond.
+            first for units of one or two continuous latent dimensions, the second beyond, and
+            `Enumeration` where all latents are discrete.
         unit_plate: name of the plate of independent units; found if left out.
         seed: of all random numbers used.
         progress: show bars on long work.

@@ -126,10 +126,9 @@ class StartDensity:
 
 def match_start(densities: UnitDensities, prior_share: float) -> StartDensity:
     """Match the start density to draws from the guide, or from the prior where there is none."""
-    draw = densities.draw_prior if densities.guide is None else densities.draw_guide
     wanted = 200 + 10 * densities.dim
     per_pass = max(_ROWS_PER_PASS // densities.num_units, 1)
     with torch.no_grad():
         sizes = [min(per_pass, wanted - done) for done in range(0, wanted, per_pass)]
-        latents = torch.cat([draw(size).latents for size in sizes])
+        latents = torch.cat([densities.draw_latents(size) for size in sizes])
     return StartDensity(match_gaussian(latents), prior_share)

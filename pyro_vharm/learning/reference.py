@@ -14,8 +14,7 @@ from torch import Tensor
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Estimate
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
-from pyro_vharm.inference.evidence import InferenceMethod, estimate_evidence
-from pyro_vharm.inference.quadrature import Quadrature
+from pyro_vharm.inference.evidence import choose_method, estimate_evidence
 from pyro_vharm.learning.training import Schedule, minimise, shuffled_passes
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.minibatches import cut_batch
@@ -113,7 +112,7 @@ def _maximise_bound(
             problem.model,
             guide,
             batches[order[step]],
-            problem.layout,
+            problem.densities[0].structure,
             num_particles,
             num_replicates,
         )
@@ -223,6 +222,12 @@ def train_reference(
     problem: Problem, learner: ImportanceWeightedLearner, fresh: Fresh | None, *, progress: bool
 ) -> Reference:
     """`learn_reference` for a problem that is prepared; leaves its parameters as they were."""
+    if not problem.densities[0].has_guide_density:
+        raise InputError(
+            "the guide holds continuous latents as point masses (Delta), so no reference can be "
+            "learned with it: call learn_reference with a guide that has a density, such as "
+            "AutoNormal(model), and pass the result as reference="
+        )
     if not problem.model_parameters.leaves:
         raise InputError(
             "the model has no parameters to learn, so there can be no learning harm; "
@@ -238,6 +243,11 @@ def train_reference(
         with pyro.get_param_store().scope(started.store):
             candidates.append(_attempt(started.problem, learner, f"{name}, afresh", progress))
     notes = [started] if isinstance(started, str) else []
+    if not problem.densities[0].structure.per_unit:
+        notes.append(
+            "the guide draws the latents of all units as one, so importance weights are those of "
+            "all units together: a looser bound than one per unit"
+        )
     best = max(candidates, key=lambda candidate: candidate.log_evidence.value)
     attempts = tuple(Attempt(c.name, c.log_evidence) for c in candidates)
     guide_values = _retrain(problem, learner, best.model_values, best.guide_values, progress)
@@ -257,6 +267,8 @@ def given_reference(
         InputError: if names, shapes or constraints do not fit the model.
     """
     values = problem.model_parameters.unconstrain(parameters, "reference")
+    if not problem.densities[0].has_guide_density:
+        return Reference(values, {}, (Attempt("handed in", None),), (), problem)
     before = problem.guide_parameters.values()
     guide_values = _retrain(problem, learner, values, before, progress)
     return Reference(values, guide_values, (Attempt("handed in", None),), (), problem)
@@ -368,7 +380,7 @@ def _retrain(
 def _monitor(problem: Problem) -> Estimate:
     """Log evidence as a learner left it, to choose between attempts and for nothing else."""
     dim = problem.densities[0].dim
-    method: InferenceMethod = Quadrature()
+    method = choose_method(problem.densities)
     if dim > 2:
         method = AnnealedImportanceSampling(
             num_particles=8, num_steps=5, num_settling=5, refit_start=dim > _MANY_DIMS

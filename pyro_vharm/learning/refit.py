@@ -53,7 +53,10 @@ class Refit:
 
 
 def estimate_elbo(densities: UnitDensities, num_particles: int) -> UnitEstimates:
-    """L(θ, q) per unit from fresh draws of the guide; unbiased, in nats."""
+    """L(θ, q) per unit from fresh draws of the guide; unbiased, in nats.
+
+    One value for all units where the guide's density can be had in total only.
+    """
     per_pass = max(_ROWS_PER_PASS // densities.num_units, 1)
     parts: list[Tensor] = []
     with torch.no_grad():
@@ -62,11 +65,14 @@ def estimate_elbo(densities: UnitDensities, num_particles: int) -> UnitEstimates
             parts.append(densities.draw_guide(count).log_weights)
     log_weights = torch.cat(parts)
     error = log_weights.std(0) / num_particles**0.5
-    return UnitEstimates(log_weights.mean(0), error, Kind.ESTIMATED)
+    units_each = densities.num_units // log_weights.shape[1]
+    return UnitEstimates(log_weights.mean(0), error, Kind.ESTIMATED, units_each=units_each)
 
 
-def elbo_over_batches(problem: Problem, num_particles: int) -> UnitEstimates:
-    """L(θ, q) per unit over all batches, with the guide as it is."""
+def elbo_over_batches(problem: Problem, num_particles: int) -> UnitEstimates | None:
+    """L(θ, q) per unit over all batches; ``None`` for a guide that holds latents as points."""
+    if not problem.densities[0].has_guide_density:
+        return None
     return concatenate([estimate_elbo(d, num_particles) for d in problem.densities])
 
 
@@ -79,8 +85,12 @@ def refitted_elbo(problem: Problem, refit: Refit, *, progress: bool) -> UnitEsti
     maximum, so ℓ − this is an upper bound on the approximation gap, up to Monte Carlo error.
 
     Returns:
-        ``None`` where the family cannot be freed and there are several units.
+        ``None`` where the family cannot be freed and there are several units, where the guide
+        draws discrete latents, or where it has no density.
     """
+    structure = problem.densities[0].structure
+    if structure.guided or not problem.densities[0].has_guide_density:
+        return None
     single = len(problem.densities) == 1
     bar = tqdm(
         problem.densities,
@@ -99,12 +109,14 @@ def _refit_batch(
 ) -> UnitEstimates | None:
     assert problem.guide is not None, "callers check for a guide first"
     freed = free_arguments(problem.guide, densities.batch)
-    if freed is None:
-        if densities.layout.plate is not None:
+    if freed is None or not densities.structure.per_unit:
+        if densities.layout.plate is not None and densities.structure.per_unit:
             return None
         with problem.guide_parameters.at(problem.guide_parameters.values()):
             _fit(densities, problem.guide_parameters.trainable(), refit, progress)
             return estimate_elbo(densities, refit.num_particles)
+    if not freed.leaves():  # a guide without sites
+        return estimate_elbo(densities, refit.num_particles)
     return _refit_freed(densities, freed, refit, progress)
 
 
@@ -130,7 +142,7 @@ def _fit(densities: UnitDensities, leaves: list[Tensor], refit: Refit, progress:
 
     def loss(_step: int) -> Tensor:
         bound = importance_weighted_bound(
-            densities.model, guide, densities.batch, densities.layout, 1, refit.num_replicates
+            densities.model, guide, densities.batch, densities.structure, 1, refit.num_replicates
         )
         return -bound.surrogate
 

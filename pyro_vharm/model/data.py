@@ -17,10 +17,19 @@ type Data = tuple[Any, ...] | Mapping[str, Any] | Iterable[Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one call of model and guide."""
+    """One call of model and guide.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        subsample: the indices that plates which subsample are held at, by plate.
+        num_padded: how many of the last units only fill up such a plate, and do not count.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    subsample: Mapping[str, Tensor] = field(default_factory=dict)
+    num_padded: int = 0
 
 
 def as_batches(data: Data, name: str = "data") -> list[Batch]:

@@ -1,86 +1,81 @@
 """Plain functions of tensors for one batch: log p(v, h; θ) per unit, draws from prior and guide.
 
 Latents are packed as ``(particle, unit, dim)`` on the unconstrained scale; densities carry the
-Jacobian of the transform. θ and φ are read live from the user's callables, so that these functions
-are differentiable in both, and see every parameter update.
+Jacobian of the transform. Discrete latents are summed out. θ and φ are read live from the user's
+callables, so that these functions are differentiable in both, and see every parameter update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vharm.model.data import Batch
-from pyro_vharm.model.tracing import (
-    PyroFunction,
-    UnconstrainedSites,
-    latent_sites,
-    observed_sites,
-    site_log_prob,
-    trace_particles,
-    trace_plain,
-)
+from pyro_vharm.model.runs import ModelRun, run_guide, run_model, with_subsample
+from pyro_vharm.model.structure import GuideDensity, Structure
+from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.model.units import UnitLayout
+from pyro_vharm.model.vectorising import by_loop
 
 __all__ = ["DensityTerms", "Draws", "LatentSite", "UnitDensities"]
 
 
 class DensityTerms(NamedTuple):
-    """The two factors of the joint density, each of shape ``(particle, unit)``.
+    """Prior and joint density on the unconstrained scale, each of shape ``(particle, unit)``.
 
     Attributes:
-        log_prior: log p(h; θ) on the unconstrained scale.
-        log_likelihood: log p(v | h; θ).
+        log_prior: log p(h; θ).
+        log_joint: log p(v, h; θ).
     """
 
     log_prior: Tensor
-    log_likelihood: Tensor
+    log_joint: Tensor
 
     @property
-    def log_joint(self) -> Tensor:
-        """Log p(v, h; θ) on the unconstrained scale."""
-        return self.log_prior + self.log_likelihood
+    def log_likelihood(self) -> Tensor:
+        """Log p(v | h; θ)."""
+        return self.log_joint - self.log_prior
 
 
 class Draws(NamedTuple):
     """Draws of the latents with their densities.
 
     Attributes:
-        latents: shape ``(particle, unit, dim)``, unconstrained.
-        log_proposal: log density of what drew them, on the same scale, ``(particle, unit)``.
-        terms: the model's densities there.
+        latents: continuous latents, ``(particle, unit, dim)``, unconstrained.
+        log_joint: log p(v, h; θ) there, ``(particle, unit)``; at the drawn values of discrete
+            latents that the guide draws too, others summed out.
+        log_proposal: log density of what drew them, on the same scale, ``(particle, unit)``;
+            ``(particle, 1)`` for a guide whose density can be had in total only.
     """
 
     latents: Tensor
+    log_joint: Tensor
     log_proposal: Tensor
-    terms: DensityTerms
 
     @property
     def log_weights(self) -> Tensor:
-        """Log p(v, h; θ) − log q(h), shape ``(particle, unit)``."""
-        return self.terms.log_joint - self.log_proposal
+        """Log p(v, h; θ) − log q(h), of the shape of `log_proposal`."""
+        if self.log_proposal.shape == self.log_joint.shape:
+            return self.log_joint - self.log_proposal
+        return self.log_joint.sum(1, keepdim=True) - self.log_proposal
 
 
 @dataclass(frozen=True)
 class LatentSite:
-    """Where one latent site lies in the packed latents.
+    """Where one continuous latent site lies in the packed latents.
 
     Attributes:
         name: the site.
         batch_shape: its plates' sizes, padded with 1 to the layout's nesting.
-        num_plates: how many of these dims are its own.
         event_shape: its event shape on the unconstrained scale.
     """
 
     name: str
     batch_shape: tuple[int, ...]
-    num_plates: int
     event_shape: tuple[int, ...]
 
 
@@ -92,8 +87,8 @@ class UnitDensities:
         model: the Pyro model.
         guide: the Pyro guide, or ``None``.
         batch: the arguments to call them with.
-        layout: which batch dim counts units.
-        sites: the model's latent sites, in packing order.
+        structure: the sites of both, and how to run them.
+        sites: the model's continuous latent sites, in packing order.
         num_units: the number of units in the batch.
         dtype: the dtype of the latents.
         device: the device of the latents.
@@ -102,109 +97,134 @@ class UnitDensities:
     model: PyroFunction
     guide: PyroFunction | None
     batch: Batch
-    layout: UnitLayout
+    structure: Structure
     sites: Sequence[LatentSite]
     num_units: int
     dtype: torch.dtype
     device: torch.device
 
     @property
+    def layout(self) -> UnitLayout:
+        """Which batch dim counts units."""
+        return self.structure.layout
+
+    @property
     def dim(self) -> int:
-        """Number of unconstrained latent dimensions of one unit."""
+        """Number of unconstrained latent dimensions of one unit; 0 if all latents are discrete."""
         total = sum(
             torch.Size(site.batch_shape).numel() * torch.Size(site.event_shape).numel()
             for site in self.sites
         )
-        return total // self.num_units
+        return total // self._num_run
+
+    @property
+    def has_guide_density(self) -> bool:
+        """Whether there is a guide, and not one that holds latents as point masses."""
+        return self.guide is not None and self.structure.guide_density is not GuideDensity.NONE
 
     def terms(self, latents: Tensor) -> DensityTerms:
-        """Log prior and log likelihood at packed latents ``(particle, unit, dim)``."""
-        trace, log_abs_det = self.trace_at(latents)
-        return self._model_terms(trace, log_abs_det, len(latents))
+        """Log prior and log joint at packed latents ``(particle, unit, dim)``."""
+        run = self._run_at(latents)
+        return DensityTerms(self._counted(run.log_prior), self._counted(run.log_joint))
 
     def log_joint(self, latents: Tensor) -> Tensor:
         """Log p(v, h; θ) at packed latents, shape ``(particle, unit)``."""
-        return self.terms(latents).log_joint
-
-    def trace_at(self, latents: Tensor) -> tuple[Trace, dict[str, Tensor]]:
-        """The model's trace at packed latents, and the log Jacobian of each latent site."""
-        substitute = UnconstrainedSites(self._names, self._unpack(latents))
-        trace = trace_particles(self.model, self.batch, self.layout, len(latents), substitute)
-        return trace, substitute.log_abs_det
+        return self._counted(self._run_at(latents).log_joint)
 
     def plain_log_joint(self, latents: Tensor) -> Tensor:
         """`log_joint` by one ordinary run of the model per particle: slow, and right by itself."""
-        return torch.cat([self._plain_one(latents[i : i + 1]) for i in range(len(latents))])
-
-    def _plain_one(self, latents: Tensor) -> Tensor:
-        values = {}
-        for site in self.sites:
-            own = site.batch_shape[len(site.batch_shape) - site.num_plates :]
-            values[site.name] = self._unpack(latents)[site.name].reshape(own + site.event_shape)
-        substitute = UnconstrainedSites(self._names, values)
-        trace = trace_plain(self.model, self.batch, substitute)
-        return self._model_terms(trace, substitute.log_abs_det, 1).log_joint
+        plain = replace(self.structure, model_runs=by_loop)
+        return replace(self, structure=plain).log_joint(latents)
 
     def constrain(self, latents: Tensor) -> dict[str, Tensor]:
-        """The latents on their own supports, site → ``(particle, *plates, *event)``."""
-        trace, _ = self.trace_at(latents)
-        return {site.name: trace.nodes[site.name]["value"] for site in self.sites}
+        """The continuous latents on their own supports, site → ``(particle, *plates, *event)``."""
+        return self._run_at(latents).values
+
+    def draw_latents(self, num_particles: int) -> Tensor:
+        """Draws of the guide, or of the prior where there is no guide density."""
+        values, masks, batch = {}, {}, self.batch
+        if self.has_guide_density:
+            assert self.guide is not None
+            drawn = run_guide(self.guide, self.batch, self.structure, num_particles)
+            values, masks = drawn.values, drawn.masks
+            batch = with_subsample(batch, drawn.subsample)
+        at = run_model(
+            self.model,
+            batch,
+            self.structure,
+            num_particles,
+            values=values,
+            masks=masks,
+            record=True,
+        )
+        return self._pack(at.unconstrained, num_particles)
 
     def draw_prior(self, num_particles: int) -> Draws:
         """Draw from p(h; θ), with what is observed held fixed."""
-        record = UnconstrainedSites(self._names)
-        trace = trace_particles(self.model, self.batch, self.layout, num_particles, record)
-        terms = self._model_terms(trace, record.log_abs_det, num_particles)
-        return Draws(self._pack(record.values, num_particles), terms.log_prior, terms)
+        latents = replace(self, guide=None).draw_latents(num_particles)
+        terms = self.terms(latents)
+        return Draws(latents, terms.log_joint, terms.log_prior)
 
     def draw_guide(self, num_particles: int) -> Draws:
         """Draw from q(h) and evaluate guide and model there."""
-        assert self.guide is not None, "callers check for a guide first"
-        guide_trace = trace_particles(self.guide, self.batch, self.layout, num_particles)
-        record = UnconstrainedSites(self._names)
-        trace = trace_particles(
+        assert self.has_guide_density, "callers check for a guide's density first"
+        assert self.guide is not None
+        drawn = run_guide(self.guide, self.batch, self.structure, num_particles)
+        at = run_model(
             self.model,
-            self.batch,
-            self.layout,
+            with_subsample(self.batch, drawn.subsample),
+            self.structure,
             num_particles,
-            record,
-            poutine.replay(trace=guide_trace),
+            values=drawn.values,
+            masks=drawn.masks,
+            summed=self.structure.unguided,
+            record=True,
         )
-        log_guide = self._sum_sites(
-            [site_log_prob(site) for site in latent_sites(guide_trace)], num_particles
-        ) + self._sum_sites(list(record.log_abs_det.values()), num_particles)
-        terms = self._model_terms(trace, record.log_abs_det, num_particles)
-        return Draws(self._pack(record.values, num_particles), log_guide, terms)
+        volume = self._counted(at.log_abs_det)
+        log_guide = drawn.log_guide.to(at.log_joint)
+        if self.structure.per_unit:
+            log_guide = self._counted(log_guide.expand_as(at.log_joint)) + volume
+        else:
+            log_guide = log_guide + volume.sum(1, keepdim=True)
+        latents = self._pack(at.unconstrained, num_particles)
+        return Draws(latents, self._counted(at.log_joint) + volume, log_guide)
 
     @property
-    def _names(self) -> set[str]:
-        return {site.name for site in self.sites}
+    def _num_run(self) -> int:
+        """The units of one run, with those that only fill up a plate."""
+        return self.num_units + self.batch.num_padded
 
-    def _model_terms(
-        self, trace: Trace, log_abs_det: dict[str, Tensor], num_particles: int
-    ) -> DensityTerms:
-        prior = [site_log_prob(site) for site in latent_sites(trace)]
-        likelihood = [site_log_prob(site) for site in observed_sites(trace)]
-        return DensityTerms(
-            self._sum_sites([*prior, *log_abs_det.values()], num_particles),
-            self._sum_sites(likelihood, num_particles),
+    def _counted(self, per_unit: Tensor) -> Tensor:
+        return per_unit[:, : self.num_units] if self.batch.num_padded else per_unit
+
+    def _run_at(self, latents: Tensor) -> ModelRun:
+        return run_model(
+            self.model,
+            self.batch,
+            self.structure,
+            len(latents),
+            unconstrained=self.unpack(latents),
+            summed=self.structure.discrete,
         )
 
-    def _sum_sites(self, log_probs: Sequence[Tensor], num_particles: int) -> Tensor:
-        total = torch.zeros(num_particles, self.num_units, dtype=self.dtype, device=self.device)
-        for log_prob in log_probs:
-            total = total + self.layout.by_unit(log_prob, num_particles, self.num_units)
-        return total
-
-    def _pack(self, values: dict[str, Tensor], num_particles: int) -> Tensor:
-        packed = []
+    def _pack(self, values: Mapping[str, Tensor], num_particles: int) -> Tensor:
+        packed = [
+            torch.empty(num_particles, self._num_run, 0, dtype=self.dtype, device=self.device)
+        ]
         for site in self.sites:
-            value = values[site.name].expand(num_particles, *site.batch_shape, *site.event_shape)
+            value = values[site.name]
+            depth = 1 + len(site.batch_shape) + len(site.event_shape)
+            value = value.reshape((1,) * (depth - value.dim()) + value.shape)
+            value = value.expand(num_particles, *site.batch_shape, *site.event_shape)
             value = self.layout.unit_second(value, len(site.event_shape))
-            packed.append(value.reshape(num_particles, self.num_units, -1))
-        return torch.cat(packed, -1)
+            packed.append(value.reshape(num_particles, self._num_run, -1))
+        return self._counted(torch.cat(packed, -1))
 
-    def _unpack(self, latents: Tensor) -> dict[str, Tensor]:
+    def unpack(self, latents: Tensor) -> dict[str, Tensor]:
+        """Packed latents by site, unconstrained, ``(particle, *plates, *event)``."""
+        if self.batch.num_padded:
+            filling = latents[:, :1].expand(-1, self.batch.num_padded, -1)
+            latents = torch.cat([latents, filling], 1)
         values, start = {}, 0
         for site in self.sites:
             like = torch.empty(len(latents), *site.batch_shape, *site.event_shape, device="meta")

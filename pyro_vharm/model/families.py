@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_vharm.model.data import Batch
-from pyro_vharm.model.tracing import PyroFunction, is_point_mass, latent_sites
+from pyro_vharm.model.sites import is_point_mass, latent_sites
+from pyro_vharm.model.tracing import PyroFunction, trace_call
 
 __all__ = ["FreedGuide", "free_arguments"]
 
@@ -111,7 +112,7 @@ def free_arguments(guide: PyroFunction, batch: Batch) -> FreedGuide | None:
 
 def _trace(guide: PyroFunction, batch: Batch) -> Any:
     with torch.no_grad(), poutine.block():
-        return poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+        return trace_call(guide, batch)
 
 
 def _free(fn: Any) -> _FreedDistribution | None:

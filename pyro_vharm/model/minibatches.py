@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.pairs import run_guide, run_model
+from pyro_vharm.model.runs import GuideRun, run_guide, run_model
 
 __all__ = ["cut_batch"]
 
@@ -24,7 +24,10 @@ def cut_batch(densities: UnitDensities, size: int) -> list[Batch]:
     size) the batch is returned whole.
     """
     whole, num_units = densities.batch, densities.num_units
-    if num_units <= size or densities.guide is None or densities.layout.plate is None:
+    structure = densities.structure
+    if num_units <= size or densities.layout.plate is None or not densities.has_guide_density:
+        return [whole]
+    if not structure.per_unit:
         return [whole]
     parts = torch.randperm(num_units).split(size)
     cut = [_select(whole, part, num_units) for part in parts]
@@ -44,19 +47,21 @@ def _select(batch: Batch, units: Tensor, num_units: int) -> Batch:
 
 
 def _same_densities(densities: UnitDensities, part: Batch, units: Tensor) -> bool:
-    model, guide, layout = densities.model, densities.guide, densities.layout
+    guide, structure = densities.guide, densities.structure
     assert guide is not None, "the caller checks for a guide first"
     try:
         with torch.no_grad():
-            whole = run_guide(guide, densities.batch, layout, 2)
-            joint = run_model(model, densities.batch, layout, 2, whole.latents).log_joint
+            whole = run_guide(guide, densities.batch, structure, 2)
+            joint = _log_joint(densities, densities.batch, whole)
             units = units.to(joint.device)
             values = {
-                name: _select_site(value, units, layout.dim, whole.event_dims[name])
-                for name, value in whole.values.items()
+                name: _select_site(
+                    whole.values[name], units, structure.layout.dim, structure.dims[name].event_dim
+                )
+                for name in whole.random
             }
-            cut = run_guide(guide, part, layout, 2, values)
-            cut_joint = run_model(model, part, layout, 2, cut.latents).log_joint
+            cut = run_guide(guide, part, structure, 2, values)
+            cut_joint = _log_joint(densities, part, cut)
     except (InputError, RuntimeError, ValueError, IndexError):
         return False
     pairs = [(cut_joint, joint), (cut.log_guide, whole.log_guide)]
@@ -65,6 +70,18 @@ def _same_densities(densities: UnitDensities, part: Batch, units: Tensor) -> boo
         and torch.allclose(some, every[:, units], rtol=1e-4, atol=1e-4)
         for some, every in pairs
     )
+
+
+def _log_joint(densities: UnitDensities, batch: Batch, drawn: GuideRun) -> Tensor:
+    return run_model(
+        densities.model,
+        batch,
+        densities.structure,
+        2,
+        values=drawn.values,
+        masks=drawn.masks,
+        summed=densities.structure.unguided,
+    ).log_joint
 
 
 def _select_site(value: Tensor, units: Tensor, dim: int | None, event_dim: int) -> Tensor:

@@ -10,33 +10,19 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 
 from pyro_vharm.errors import InputError
+from pyro_vharm.model.checks import check_densities
 from pyro_vharm.model.data import Batch, Data, as_batches
 from pyro_vharm.model.densities import LatentSite, UnitDensities
+from pyro_vharm.model.inspection import inspect_pair, run_plainly
 from pyro_vharm.model.parameters import Parameters, capture_parameters, check_disjoint
-from pyro_vharm.model.tracing import (
-    PyroFunction,
-    latent_sites,
-    observed_sites,
-    trace_plain,
-    unconstrained_shape,
-)
-from pyro_vharm.model.units import UnitLayout, unit_layout
-from pyro_vharm.model.validation import (
-    check_density,
-    check_deterministic,
-    check_deterministic_guide,
-    check_finite,
-    check_independent,
-    check_latents,
-    check_particles,
-    check_sites_match,
-    refuse_training_modes,
-    reporting,
-)
+from pyro_vharm.model.sites import latent_sites, masked_where, unconstrained_shape
+from pyro_vharm.model.structure import GuideDensity, Structure
+from pyro_vharm.model.subsampling import whole_batches
+from pyro_vharm.model.tracing import PyroFunction
+from pyro_vharm.model.units import UnitLayout, site_scale
+from pyro_vharm.model.validation import check_same_kind, reporting
 
-_NUM_CHECKED = 17  # a prime, so that it equals no size in the model by accident
-
-__all__ = ["Problem", "capture_pair", "layout_of", "prepare"]
+__all__ = ["Problem", "capture_pair", "objective_structure", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +55,11 @@ class Problem:
         """Which batch dim counts units."""
         return self.densities[0].layout
 
+    @property
+    def guide_density(self) -> GuideDensity:
+        """In what form log q can be had."""
+        return self.densities[0].structure.guide_density
+
 
 def prepare(
     model: PyroFunction,
@@ -92,39 +83,84 @@ def prepare(
             supported; the message names the site or argument.
     """
     batches = as_batches(data, name)
-    densities = [_densities(model, guide, batch, unit_plate) for batch in batches]
-    first = densities[0].layout
-    if first.plate is None and len(batches) > 1:
+    densities = [
+        part for batch in batches for part in _batch_densities(model, guide, batch, unit_plate)
+    ]
+    first = densities[0].structure
+    if first.layout.plate is None and len(batches) > 1:
         raise InputError(
             f"{name} has {len(batches)} batches, but the data are one joint unit (no plate holds "
             "every latent); pass all of it in one batch, as a tuple of arguments"
+        )
+    if first.guide_density is GuideDensity.TOTAL and len(densities) > 1:
+        raise InputError(
+            f"{name} has {len(densities)} batches, but the guide draws the latents of all units as "
+            "one (log q cannot be evaluated per unit), so all data must be in one call"
         )
     theta, phi = capture_pair(model, guide, batches[0])
     check_disjoint(theta, phi)
     return Problem(model, guide, batches, densities, theta, phi)
 
 
-def layout_of(
+def _batch_densities(
     model: PyroFunction, guide: PyroFunction | None, batch: Batch, unit_plate: str | None
-) -> tuple[UnitLayout, Trace]:
-    """The layout of units for one call, and the model's trace it was read from."""
-    guide_trace = None
-    with poutine.block():
-        if guide is not None:
-            with reporting("guide"), refuse_training_modes("guide"):
-                guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
-        replayed = model if guide_trace is None else poutine.replay(model, trace=guide_trace)
-        with reporting("model"), refuse_training_modes("model"):
-            trace = poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
-            trace.compute_log_prob()
+) -> list[UnitDensities]:
+    structure, _ = inspect_pair(model, guide, batch, unit_plate)
+    with reporting("model or guide"):
+        parts = whole_batches(
+            model, guide, batch, run_plainly(model, guide, batch), structure.layout.plate
+        )
+    return [_densities(model, guide, part, unit_plate) for part in parts]
+
+
+def _densities(
+    model: PyroFunction, guide: PyroFunction | None, batch: Batch, unit_plate: str | None
+) -> UnitDensities:
+    structure, trace = inspect_pair(model, guide, batch, unit_plate)
     latents = latent_sites(trace)
-    check_latents(latents)
-    proposed = [] if guide_trace is None else latent_sites(guide_trace)
-    if guide is not None and guide_trace is not None:
-        check_sites_match(latents, proposed)
-        again = latent_sites(trace_plain(guide, batch))
-        check_density(latents, proposed, again, observed_sites(guide_trace))
-    return unit_layout(latents, observed_sites(trace), proposed, unit_plate), trace
+    check_same_kind(latents)
+    if structure.guide_density is GuideDensity.TOTAL and site_scale(latents[0]) != 1.0:
+        raise InputError(
+            "the guide draws the latents of all units as one (log q cannot be evaluated per unit), "
+            "and the plate is subsampled; pass all data in one call"
+        )
+    dtype, device = _kind(trace, structure)
+    densities = UnitDensities(
+        model=model,
+        guide=guide,
+        batch=batch,
+        structure=structure,
+        sites=_packing(trace, structure),
+        num_units=_plate_size(trace, structure.layout) - batch.num_padded,
+        dtype=dtype,
+        device=device,
+    )
+    masks = {site["name"]: masked_where(site) for site in latents}
+    with torch.no_grad(), reporting("model or guide"):
+        return check_densities(densities, masks)
+
+
+def _packing(trace: Trace, structure: Structure) -> tuple[LatentSite, ...]:
+    sites = []
+    for name in structure.continuous:
+        site = trace.nodes[name]
+        batch_shape = tuple(site["fn"].batch_shape)
+        padded = (1,) * (structure.layout.max_plate_nesting - len(batch_shape)) + batch_shape
+        sites.append(LatentSite(name, padded, unconstrained_shape(site)))
+    return tuple(sites)
+
+
+def _plate_size(trace: Trace, layout: UnitLayout) -> int:
+    frames = latent_sites(trace)[0]["cond_indep_stack"]
+    sizes: list[int] = [frame.size for frame in frames if frame.name == layout.plate]
+    return sizes[0] if sizes else 1
+
+
+def _kind(trace: Trace, structure: Structure) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of the latents; of a log density where all latents are discrete."""
+    name = next(iter(structure.continuous), None)
+    like = latent_sites(trace)[0]["log_prob"] if name is None else trace.nodes[name]["value"]
+    return like.dtype, like.device
 
 
 def capture_pair(
@@ -142,41 +178,20 @@ def capture_pair(
     return capture_parameters(replayed, batch), capture_parameters(guide, batch)
 
 
-def _densities(
-    model: PyroFunction, guide: PyroFunction | None, batch: Batch, unit_plate: str | None
-) -> UnitDensities:
-    layout, trace = layout_of(model, guide, batch, unit_plate)
-    sites = []
-    for site in latent_sites(trace):
-        batch_shape = tuple(site["fn"].batch_shape)
-        padded = (1,) * (layout.max_plate_nesting - len(batch_shape)) + batch_shape
-        sites.append(LatentSite(site["name"], padded, len(batch_shape), unconstrained_shape(site)))
-    values = [site["value"] for site in latent_sites(trace)]
-    _check_same(trace)
-    densities = UnitDensities(
-        model=model,
-        guide=guide,
-        batch=batch,
-        layout=layout,
-        sites=tuple(sites),
-        num_units=1 if layout.dim is None else sites[0].batch_shape[layout.dim],
-        dtype=values[0].dtype,
-        device=values[0].device,
-    )
-    with torch.no_grad(), reporting("model or guide", particles=True):
-        draw = densities.draw_prior if guide is None else densities.draw_guide
-        latents = draw(_NUM_CHECKED).latents
-        check_finite(densities, latents)
-        check_deterministic(densities, latents)
-        check_deterministic_guide(densities)
-        check_particles(densities, latents)
-        check_independent(densities, latents)
-    return densities
+def objective_structure(
+    model: PyroFunction, guide: PyroFunction, batch: Batch, unit_plate: str | None
+) -> Structure:
+    """The structure that an objective needs, from the first batch it is called with.
 
-
-def _check_same(trace: Trace) -> None:
-    found = {s["name"]: (s["value"].dtype, s["value"].device) for s in latent_sites(trace)}
-    if len(set(found.values())) > 1:
+    Raises:
+        InputError: if model and guide do not fit together, or the guide has no density.
+    """
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        densities = _batch_densities(model, guide, batch, unit_plate)[0]
+    structure = densities.structure
+    if structure.guide_density is GuideDensity.NONE:
         raise InputError(
-            f"the latents differ in dtype or device, {found}; bring them to one of each"
+            "the guide holds continuous latents as point masses (Delta), so there is no bound to "
+            "train on; use a guide with a density, such as AutoNormal"
         )
+    return structure

@@ -1,39 +1,29 @@
-"""Running a model or guide for many particles at once, on the unconstrained scale."""
+"""Tracing one call of a model or guide, with sites substituted, recorded or enumerated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch
-from pyro_vharm.model.units import UnitLayout
+from pyro_vharm.model.sites import Site
 
 __all__ = [
     "FixedSites",
+    "PyroFunction",
     "UnconstrainedSites",
-    "is_masked",
-    "is_point_mass",
-    "latent_sites",
-    "observed_sites",
-    "site_log_prob",
-    "trace_particles",
-    "trace_plain",
-    "unconstrained_shape",
+    "trace_call",
 ]
 
-type Site = dict[str, Any]
 type PyroFunction = Callable[..., Any]
 
 
@@ -76,7 +66,7 @@ class UnconstrainedSites(Messenger):  # type: ignore[misc]
 
 
 class FixedSites(Messenger):  # type: ignore[misc]
-    """Give latent sites fixed values; they stay latent."""
+    """Give latent sites fixed values, plates that subsample fixed indices; they stay latent."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -84,33 +74,41 @@ class FixedSites(Messenger):  # type: ignore[misc]
 
     def _pyro_sample(self, msg: Site) -> None:
         value = self.values.get(msg["name"])
-        if value is not None:
+        if value is not None and not msg["is_observed"]:
             msg["value"], msg["done"] = value, True
 
 
-def trace_plain(function: PyroFunction, batch: Batch, *messengers: Messenger) -> Trace:
-    """Trace one call as the user would run it: one particle, no plate of particles."""
-    return _trace(function, batch, messengers, nullcontext())
+class ParallelSites(Messenger):  # type: ignore[misc]
+    """Mark some latent sites for parallel enumeration, and no others."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Site) -> None:
+        msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
+        if msg["name"] in self.names:
+            msg["infer"]["enumerate"] = "parallel"
 
 
-def trace_particles(
+def trace_call(
     function: PyroFunction,
     batch: Batch,
-    layout: UnitLayout,
-    num_particles: int,
     *messengers: Messenger,
+    particles: tuple[int, int] | None = None,
+    summed: Collection[str] = (),
+    first_free_dim: int | None = None,
 ) -> Trace:
-    """Trace one call under an outermost plate of particles, without validation."""
-    plate = pyro.plate("_particles", num_particles, dim=layout.particle_dim)
-    return _trace(function, batch, messengers, plate)
+    """Trace one call, without validation and without a message to what is outside.
 
-
-def _trace(
-    function: PyroFunction,
-    batch: Batch,
-    messengers: Sequence[Messenger],
-    innermost: AbstractContextManager[Any],
-) -> Trace:
+    Args:
+        function: a model or guide.
+        batch: what to call it with; its subsampled indices are fixed.
+        messengers: from the outermost to the innermost.
+        particles: number and batch dim of an outermost plate of particles.
+        summed: discrete sites to enumerate in parallel; others are sampled, however marked.
+        first_free_dim: the first batch dim that is free for enumeration.
+    """
     tracer = poutine.trace()
     with (
         pyro.validation_enabled(False),
@@ -118,72 +116,13 @@ def _trace(
         tracer,
         ExitStack() as stack,
     ):
+        stack.enter_context(FixedSites(batch.subsample))
         for messenger in messengers:
             stack.enter_context(messenger)
-        with innermost:
-            function(*batch.args, **batch.kwargs)
+        if summed:  # inside of what fixes values, so that it keeps track of their dims
+            stack.enter_context(EnumMessenger(first_free_dim))
+        stack.enter_context(ParallelSites(summed))
+        if particles is not None:
+            stack.enter_context(pyro.plate("_particles", particles[0], dim=particles[1]))
+        function(*batch.args, **batch.kwargs)
     return tracer.trace
-
-
-def site_log_prob(site: Site) -> Tensor:
-    """The site's log density: masked, without the scale of subsampling or ``poutine.scale``."""
-    log_prob: Tensor = site["fn"].log_prob(site["value"])
-    masked: Tensor = scale_and_mask(log_prob, 1.0, site["mask"])
-    return masked
-
-
-def latent_sites(trace: Trace) -> list[Site]:
-    """Sample sites without an observation, in the order they were met."""
-    return [site for site in _sample_sites(trace) if not site["is_observed"]]
-
-
-def observed_sites(trace: Trace) -> list[Site]:
-    """Observed sites and factors, without deterministic ones."""
-    return [
-        site
-        for site in _sample_sites(trace)
-        if site["is_observed"] and not site["infer"].get("_deterministic", False)
-    ]
-
-
-def _sample_sites(trace: Trace) -> list[Site]:
-    return [
-        site
-        for site in trace.nodes.values()
-        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
-    ]
-
-
-def is_point_mass(site: Site) -> bool:
-    """Whether the site's distribution is a Delta, perhaps wrapped."""
-    return _wraps(site["fn"], dist.Delta)
-
-
-def is_masked(site: Site) -> bool:
-    """Whether the site's distribution itself carries a mask."""
-    return _wraps(site["fn"], dist.MaskedDistribution)
-
-
-def _wraps(fn: Any, kind: type) -> bool:
-    while not isinstance(fn, kind) and hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, kind)
-
-
-def unconstrained_shape(site: Site) -> tuple[int, ...]:
-    """Event shape of the site's value on the unconstrained scale.
-
-    Raises:
-        InputError: if torch has no bijection onto the support.
-    """
-    fn = site["fn"]
-    try:
-        transform = biject_to(fn.support)
-    except NotImplementedError as error:
-        raise InputError(
-            f"the latent {site['name']!r} has the support {fn.support} of {type(fn).__name__}, to "
-            "which torch knows no bijection; reparameterise it, or use a distribution over a "
-            "standard support"
-        ) from error
-    shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-    return tuple(shape[len(fn.batch_shape) :])

@@ -5,16 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError, JointUnitWarning
+from pyro_vharm.model.sites import Site
 
 __all__ = ["UnitLayout", "find_unit_plate", "site_scale", "unit_layout"]
-
-type Site = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,8 @@ def unit_layout(
         unit_plate: the plate that the user names; found by `find_unit_plate` if ``None``.
 
     Raises:
-        InputError: if a site lies outside the unit plate, the guide cannot be evaluated per
-            unit, or parts of the model are scaled differently.
+        InputError: if a site of the model lies outside the unit plate, or parts of the model are
+            scaled differently.
     """
     sites = [*latents, *observed, *guide_sites]
     nesting = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
@@ -153,13 +151,6 @@ def _unit_dim(plate: str, model_sites: Sequence[Site], guide_sites: Sequence[Sit
             "treat all the data as one joint unit, or move them into the plate"
         )
     guide_dims = {site["name"]: _plate_dim(site, plate) for site in guide_sites}
-    outside = [name for name, dim in guide_dims.items() if dim is None]
-    if outside:
-        raise InputError(
-            f"the guide's sites {outside} lie outside the unit plate {plate!r}, so log q cannot be "
-            "evaluated per unit; use a guide that samples inside the plate (AutoNormal does; "
-            "AutoMultivariateNormal and its kin do not)"
-        )
     dims = {dim for dim in (*model_dims.values(), *guide_dims.values()) if dim is not None}
     if len(dims) > 1:
         raise InputError(

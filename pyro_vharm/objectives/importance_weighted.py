@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch
-from pyro_vharm.model.pairs import run_guide, run_model
 from pyro_vharm.model.parameters import check_disjoint
-from pyro_vharm.model.problem import capture_pair, layout_of
+from pyro_vharm.model.problem import capture_pair, objective_structure
+from pyro_vharm.model.runs import GuideRun, ModelRun, run_guide, run_model, with_subsample
+from pyro_vharm.model.structure import Structure
 from pyro_vharm.model.tracing import PyroFunction
-from pyro_vharm.model.units import UnitLayout
 
 __all__ = ["ImportanceWeightedELBO", "UnitBound", "importance_weighted_bound"]
 
@@ -40,7 +40,7 @@ def importance_weighted_bound(
     model: PyroFunction,
     guide: PyroFunction,
     batch: Batch,
-    layout: UnitLayout,
+    structure: Structure,
     num_particles: int,
     num_replicates: int = 1,
 ) -> UnitBound:
@@ -50,38 +50,66 @@ def importance_weighted_bound(
     normalised over K, the gradient for θ is Σ w̃ ∇_θ log p, and for φ, doubly reparameterised,
     Σ w̃² (∂log w/∂h) (∂h/∂φ), which for K = 1 is the gradient that sticks the landing.
 
+    Where log q can be had in total only, all units are one joint unit.
+
     The model is run once, at latents whose gradients a hook multiplies by w̃: the one backward
     pass of Σ w̃ log p then gives both parts. The guide is run a second time at its draws as fixed
     leaves, so that log q enters as a function of h alone.
+
+    Raises:
+        InputError: if a site of the guide cannot be reparameterised.
 
     Source: "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives", Tucker,
     Lawson, Gu, Maddison (2019); "Sticking the Landing", Roeder, Wu, Duvenaud (2017).
     """
     count = num_particles * num_replicates
-    drawn = run_guide(guide, batch, layout, count)
-    latents = {name: value.view_as(value) for name, value in drawn.latents.items()}
-    at = run_model(model, batch, layout, count, latents)
+    structure = structure if structure.per_unit else structure.as_joint()
+    layout, dims = structure.layout, structure.dims
+    drawn = run_guide(guide, batch, structure, count)
+    if drawn.irreproducible:
+        raise InputError(
+            f"the guide's sites {list(drawn.irreproducible)} cannot be reparameterised, which the "
+            "gradient for the guide needs; leave discrete latents out of the guide, so that they "
+            "are summed out"
+        )
+    batch = with_subsample(batch, drawn.subsample)
+    latents = {name: value.view_as(value) for name, value in drawn.values.items()}
+    at = _model_at(model, batch, structure, count, drawn._replace(values=latents))
     values, weights = _bound_and_weights(at.log_joint, drawn.log_guide, num_particles)
+    if batch.num_padded:
+        values, weights[:, -batch.num_padded :] = values[: -batch.num_padded], 0.0
     for name, value in latents.items():
         if value.requires_grad:
-            value.register_hook(
-                _scaled_by(layout.over_site(weights, drawn.latent_event_dims[name]))
-            )
+            value.register_hook(_scaled_by(layout.over_site(weights, dims[name].event_dim)))
     shares = weights / num_replicates
     surrogate = (shares * at.log_joint).sum()
 
-    leaves = {name: value.detach().requires_grad_() for name, value in drawn.values.items()}
-    fixed = run_guide(guide, batch, layout, count, leaves)
+    leaves = {name: drawn.values[name].detach().requires_grad_() for name in drawn.random}
+    fixed = run_guide(guide, batch, structure, count, leaves)
     log_guide = (shares * fixed.log_guide).sum()
     if not log_guide.requires_grad:  # a guide with flat densities
         return UnitBound(values, surrogate, at.scale)
     gradients = torch.autograd.grad(log_guide, list(leaves.values()), allow_unused=True)
-    for (name, value), gradient in zip(drawn.values.items(), gradients, strict=True):
+    for name, gradient in zip(drawn.random, gradients, strict=True):
         if gradient is None:
             continue
-        squared = layout.over_site(weights, drawn.event_dims[name]) * gradient
-        surrogate = surrogate - (squared * value).sum()
+        squared = layout.over_site(weights, dims[name].event_dim) * gradient
+        surrogate = surrogate - (squared * drawn.values[name]).sum()
     return UnitBound(values, surrogate, at.scale)
+
+
+def _model_at(
+    model: PyroFunction, batch: Batch, structure: Structure, count: int, drawn: GuideRun
+) -> ModelRun:
+    return run_model(
+        model,
+        batch,
+        structure,
+        count,
+        values=drawn.values,
+        masks=drawn.masks,
+        summed=structure.unguided,
+    )
 
 
 def _scaled_by(factor: Tensor) -> Callable[[Tensor], Tensor]:
@@ -141,16 +169,16 @@ class ImportanceWeightedELBO(ELBO):  # type: ignore[misc]
         super().__init__(num_particles=num_particles)
         self.num_replicates = num_replicates
         self.unit_plate = unit_plate
-        self._layout: UnitLayout | None = None
+        self._structure: Structure | None = None
 
     def differentiable_loss(
         self, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any
     ) -> Tensor:
         """The loss as a tensor whose gradient is the estimator described above."""
         batch = Batch(args, kwargs)
-        layout = self._find_layout(model, guide, batch)
+        structure = self._find_structure(model, guide, batch)
         bound = importance_weighted_bound(
-            model, guide, batch, layout, self.num_particles, self.num_replicates
+            model, guide, batch, structure, self.num_particles, self.num_replicates
         )
         value = -bound.values.sum()
         return bound.scale * (value - bound.surrogate + bound.surrogate.detach())
@@ -158,11 +186,12 @@ class ImportanceWeightedELBO(ELBO):  # type: ignore[misc]
     def loss(self, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss."""
         batch = Batch(args, kwargs)
-        layout = self._find_layout(model, guide, batch)
+        structure = self._find_structure(model, guide, batch)
+        structure = structure if structure.per_unit else structure.as_joint()
         with torch.no_grad():
             count = self.num_particles * self.num_replicates
-            drawn = run_guide(guide, batch, layout, count)
-            at = run_model(model, batch, layout, count, drawn.latents)
+            drawn = run_guide(guide, batch, structure, count)
+            at = _model_at(model, with_subsample(batch, drawn.subsample), structure, count, drawn)
             values, _ = _bound_and_weights(at.log_joint, drawn.log_guide, self.num_particles)
         return -at.scale * float(values.sum())
 
@@ -174,11 +203,11 @@ class ImportanceWeightedELBO(ELBO):  # type: ignore[misc]
         loss.backward()
         return float(loss.detach())
 
-    def _find_layout(self, model: PyroFunction, guide: PyroFunction, batch: Batch) -> UnitLayout:
-        if self._layout is None:
-            self._layout, _ = layout_of(model, guide, batch, self.unit_plate)
+    def _find_structure(self, model: PyroFunction, guide: PyroFunction, batch: Batch) -> Structure:
+        if self._structure is None:
+            self._structure = objective_structure(model, guide, batch, self.unit_plate)
             check_disjoint(*capture_pair(model, guide, batch))
-        return self._layout
+        return self._structure
 
     def _get_trace(self, *_: Any) -> Any:
         raise TypeError("this objective runs model and guide for all particles at once")

@@ -31,7 +31,8 @@ def to_datatree(result: object) -> xr.DataTree:
     * ``ledger``, ``heldout_ledger``: variables ``total``, ``mc_error``, ``sampling_error`` and
       ``kind`` over the coordinate ``quantity``; ``num_units`` is an attribute.
     * ``units``, ``heldout_units``: variables per ``unit`` at each of ``parameters`` (``learned``,
-      ``reference``): ``log_evidence``, ``elbo``, ``refitted_elbo`` and each one's ``_mc_error``.
+      ``reference``): ``log_evidence``, ``elbo``, ``refitted_elbo`` and each one's ``_mc_error``,
+      without those that are known in total only.
     * ``bounds``, ``heldout_bounds``: replicates of the stochastic bounds on the totals.
 
     Args:
@@ -73,15 +74,14 @@ def _(result: LearningHarm) -> xr.DataTree:
 
 @to_datatree.register
 def _(result: InferenceGap) -> xr.DataTree:
-    totals = {
-        "log evidence as learned": result.evidence.per_unit.total(),
-        "− approximation gap": None
-        if result.approximation is None
-        else result.approximation.total(),
-        "− amortization gap": None if result.amortization is None else result.amortization.total(),
-        "= ELBO as learned": result.elbo.total(),
-        "inference gap": result.gap.total(),
+    lines = {
+        "log evidence as learned": result.evidence.per_unit,
+        "− approximation gap": result.approximation,
+        "− amortization gap": result.amortization,
+        "= ELBO as learned": result.elbo,
+        "inference gap": result.gap,
     }
+    totals = {name: None if line is None else line.total() for name, line in lines.items()}
     groups = {"ledger": _ledger(totals), "units": _units({"learned": _gap_units(result)})}
     return _tree(groups, {"method": result.evidence.method})
 
@@ -130,10 +130,14 @@ def _ledger(lines: Mapping[str, Estimate | None]) -> xr.Dataset:
 
 
 def _gap_units(gap: InferenceGap) -> dict[str, UnitEstimates]:
-    units = {"log_evidence": gap.evidence.per_unit, "elbo": gap.elbo}
-    if gap.refitted_elbo is not None:
-        units["refitted_elbo"] = gap.refitted_elbo
-    return units
+    found = {
+        "log_evidence": gap.evidence.per_unit,
+        "elbo": gap.elbo,
+        "refitted_elbo": gap.refitted_elbo,
+    }
+    return {
+        name: units for name, units in found.items() if units is not None and units.units_each == 1
+    }
 
 
 def _units(by_parameters: Mapping[str, Mapping[str, UnitEstimates]]) -> xr.Dataset:

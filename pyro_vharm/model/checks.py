@@ -1,0 +1,208 @@
+"""Checks of one batch's densities, and the choice of how to run model and guide for many."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_vharm.errors import InputError, LoopedRunsWarning
+from pyro_vharm.model.data import Batch
+from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.runs import GuideRun, run_guide, run_model
+from pyro_vharm.model.sites import Mask, latent_sites, log_prob_at, observed_sites
+from pyro_vharm.model.structure import Structure
+from pyro_vharm.model.tracing import PyroFunction, UnconstrainedSites, trace_call
+from pyro_vharm.model.vectorising import Vectorisation, by_loop, by_plate, by_vmap
+
+__all__ = ["check_densities", "choose_guide_runs", "choose_model_runs"]
+
+_NUM_PARTICLES = 17  # a prime, so that it equals no size in the model by accident
+_NUM_COMPARED = 2
+_FAST = (by_plate, by_vmap)
+_FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AssertionError,
+    NotImplementedError,
+)
+
+
+def check_densities(densities: UnitDensities, masks: Mapping[str, Mask]) -> UnitDensities:
+    """Check that the densities are what they must be, and choose how to run model and guide.
+
+    Args:
+        densities: of one batch, run particle by particle.
+        masks: the model's masks on its latents.
+
+    Returns:
+        the same with the fastest runs that give the same numbers.
+
+    Raises:
+        InputError: if the densities are random, never finite, or not independent between units.
+
+    Warns:
+        LoopedRunsWarning: if nothing but a Python loop gives the right numbers.
+    """
+    latents = densities.draw_latents(_NUM_PARTICLES)
+    _check_deterministic(densities, latents[:_NUM_COMPARED])
+    _check_masked_out(densities, masks)
+    structure = densities.structure
+    if densities.has_guide_density:
+        assert densities.guide is not None
+        runs = choose_guide_runs(densities.guide, densities.batch, structure)
+        structure = replace(structure, guide_runs=runs)
+    runs = choose_model_runs(densities, latents)
+    chosen = replace(densities, structure=replace(structure, model_runs=runs))
+    _check_finite(chosen, latents)
+    _check_independent(chosen, latents[:_NUM_COMPARED])
+    return chosen
+
+
+def choose_model_runs(densities: UnitDensities, latents: Tensor) -> Vectorisation:
+    """The first way to run the model for many particles that gives what a loop gives."""
+    expected = densities.plain_log_joint(latents[:_NUM_COMPARED])
+
+    def agrees(runs: Vectorisation) -> bool:
+        structure = replace(densities.structure, model_runs=runs)
+        found = replace(densities, structure=structure).log_joint(latents)
+        return _close(found[:_NUM_COMPARED], expected)
+
+    return _first_that(agrees, "model")
+
+
+def choose_guide_runs(guide: PyroFunction, batch: Batch, structure: Structure) -> Vectorisation:
+    """The first way to run the guide for many particles that gives what a loop gives.
+
+    Raises:
+        InputError: if its density at fixed values is random.
+    """
+    looped = replace(structure, guide_runs=by_loop)
+    drawn = run_guide(guide, batch, looped, _NUM_PARTICLES)
+    fixed = {name: drawn.values[name] for name in drawn.random}
+    few = {name: value[:_NUM_COMPARED] for name, value in fixed.items()}
+    expected = run_guide(guide, batch, looped, _NUM_COMPARED, few)
+    if not _same_run(drawn, expected):
+        raise InputError(
+            "the guide's density differs between two calls at the same values: it has random "
+            "operations outside pyro.sample (dropout in train mode, perhaps, or a plate that "
+            "subsamples at random); make it deterministic given its latents and parameters"
+        )
+
+    def agrees(runs: Vectorisation) -> bool:
+        tried = replace(structure, guide_runs=runs)
+        found = run_guide(guide, batch, tried, _NUM_PARTICLES, fixed)
+        fresh = run_guide(guide, batch, tried, _NUM_PARTICLES)
+        distinct = all(len(fresh.values[name].unique(dim=0)) > 1 for name in drawn.random)
+        discrete = all(not fresh.values[name].is_floating_point() for name in drawn.random)
+        return (distinct or discrete) and _same_run(found, expected)
+
+    return _first_that(agrees, "guide")
+
+
+def _same_run(many: GuideRun, few: GuideRun) -> bool:
+    return _close(many.log_guide[:_NUM_COMPARED], few.log_guide) and all(
+        _close(many.values[name][:_NUM_COMPARED], value) for name, value in few.values.items()
+    )
+
+
+def _first_that(agrees: Callable[[Vectorisation], bool], what: str) -> Vectorisation:
+    reasons = []
+    for runs in _FAST:
+        try:
+            if agrees(runs):
+                return runs
+            reasons.append("other numbers than one particle at a time gives")
+        except _FAILURES as error:
+            reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    warnings.warn(
+        f"the {what} runs one particle at a time, which is slow: an outermost plate of particles "
+        f"gives {reasons[0]}; torch.vmap gives {reasons[1]}. For the first, count dims from the "
+        "right and let every operation broadcast over an extra batch dim on the left.",
+        LoopedRunsWarning,
+        stacklevel=2,
+    )
+    return by_loop
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    tolerance = 1e3 * torch.finfo(expected.dtype).eps
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _check_deterministic(densities: UnitDensities, latents: Tensor) -> None:
+    first, second = (densities.plain_log_joint(latents) for _ in range(2))
+    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        raise InputError(
+            "the model's log density differs between two calls at the same latents: it has random "
+            "operations outside pyro.sample (dropout in train mode, perhaps); make it "
+            "deterministic given its latents and parameters"
+        )
+
+
+def _check_finite(densities: UnitDensities, latents: Tensor) -> None:
+    """Refuse a model whose log density is finite at no draw from guide or prior, for some unit."""
+    if bool(torch.isfinite(densities.log_joint(latents)).any(0).all()):
+        return
+    substitute = UnconstrainedSites(
+        densities.structure.continuous,
+        densities.structure.unpad(densities.unpack(latents[:1]), unconstrained=True),
+    )
+    trace = trace_call(densities.model, densities.batch, substitute)
+    sites = [*latent_sites(trace), *observed_sites(trace)]
+    bad = [s["name"] for s in sites if not bool(torch.isfinite(log_prob_at(s, s["mask"])).all())]
+    raise InputError(
+        f"the log density is not finite at any of {len(latents)} draws for some units; the sites "
+        f"to look at are {bad}. Check the data for NaN and values outside the support, and the "
+        "parameters for NaN."
+    )
+
+
+def _check_independent(densities: UnitDensities, latents: Tensor) -> None:
+    """Refuse a unit plate whose units influence each other."""
+    if densities.num_units < 2 or densities.dim == 0:
+        return
+    moved = latents.clone()
+    moved[:, 0] = latents[:, 0].roll(1, 0) + 0.5
+    before, after = (densities.plain_log_joint(at)[:, 1:] for at in (latents, moved))
+    finite = torch.isfinite(before)
+    if not _close(after[finite], before[finite]):
+        raise InputError(
+            f"the elements of plate {densities.layout.plate!r} are not independent units: changing "
+            "the latents of the first changes the density of others (batch norm in train mode, or "
+            "a computation across the plate)"
+        )
+
+
+def _check_masked_out(densities: UnitDensities, masks: Mapping[str, Mask]) -> None:
+    """Refuse latents that are masked out of their own prior and still have a say elsewhere."""
+    masks = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor | bool)}
+    if not masks:
+        return
+    structure = replace(densities.structure, model_runs=by_loop)
+    model, batch = densities.model, densities.batch
+    drawn = run_model(model, batch, structure, 2).values
+    moved = {name: value.clone() for name, value in drawn.items()}
+    for name, mask in masks.items():
+        value, dims = drawn[name], structure.dims[name]
+        kept = torch.as_tensor(mask)
+        kept = kept.reshape(kept.shape + (1,) * dims.event_dim)
+        moved[name] = torch.where(kept, value, value.roll(1, 0))
+    before, after = (
+        run_model(model, batch, structure, 2, values=at, masks=masks).log_joint
+        for at in (drawn, moved)
+    )
+    if not _close(after, before):
+        raise InputError(
+            f"a masked-out element of {sorted(masks)} has a say in the density of other sites, so "
+            "its prior there is flat and improper; mask what depends on it too, or take the mask "
+            "off the latent"
+        )

@@ -1,0 +1,147 @@
+"""Reading one sample site of a trace: what kind it is, and its log density."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_vharm.errors import InputError
+
+__all__ = [
+    "Site",
+    "fixed_sites",
+    "is_discrete",
+    "is_improper",
+    "is_point_mass",
+    "latent_sites",
+    "log_prob_at",
+    "masked_where",
+    "observed_sites",
+    "sample_sites",
+    "subsample_sites",
+    "unconstrained_shape",
+]
+
+type Site = dict[str, Any]
+type Mask = Tensor | bool | None
+
+
+def sample_sites(trace: Trace) -> list[Site]:
+    """Sample sites, without the indices of subsampled plates."""
+    return [
+        site
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
+    ]
+
+
+def latent_sites(trace: Trace) -> list[Site]:
+    """Sample sites without an observation, in the order they were met."""
+    return [site for site in sample_sites(trace) if not site["is_observed"]]
+
+
+def observed_sites(trace: Trace) -> list[Site]:
+    """Observed sites and factors, without deterministic ones."""
+    return [
+        site
+        for site in sample_sites(trace)
+        if site["is_observed"] and not site["infer"].get("_deterministic", False)
+    ]
+
+
+def subsample_sites(trace: Trace) -> dict[str, Site]:
+    """The indices of plates that subsample at random, by plate; not those that the user gives."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and isinstance(site["fn"], _Subsample)
+        and (site["fn"].subsample_size or site["fn"].size) < site["fn"].size
+    }
+
+
+def log_prob_at(site: Site, mask: Mask) -> Tensor:
+    """The site's log density under a mask, without the scale of subsampling or ``poutine.scale``.
+
+    Args:
+        site: a sample site.
+        mask: what takes the place of the site's own mask, in its log density and around it.
+    """
+    fn = _without_mask(site["fn"]) if mask is not site["mask"] else site["fn"]
+    masked: Tensor = scale_and_mask(fn.log_prob(site["value"]), 1.0, mask)
+    return masked
+
+
+def masked_where(site: Site) -> Mask:
+    """The mask around a site and on its distribution; ``None`` where there is none."""
+    own = site["fn"]._mask if isinstance(site["fn"], dist.MaskedDistribution) else None
+    around: Mask = site["mask"]
+    if own is None or around is None:
+        return around if own is None else own
+    both: Mask = own & around
+    return both
+
+
+def _without_mask(fn: Any) -> Any:
+    return fn.base_dist if isinstance(fn, dist.MaskedDistribution) else fn
+
+
+def is_discrete(site: Site) -> bool:
+    """Whether the site's support is a discrete set."""
+    try:
+        return bool(site["fn"].support.is_discrete)
+    except NotImplementedError:  # a flow from outside Pyro states no support
+        return False
+
+
+def is_point_mass(site: Site) -> bool:
+    """Whether the site's distribution is a Delta, perhaps wrapped."""
+    return _wraps(site["fn"], dist.Delta)
+
+
+def is_improper(site: Site) -> bool:
+    """Whether the site's distribution has no total mass of one."""
+    return _wraps(site["fn"], dist.ImproperUniform)
+
+
+def _wraps(fn: Any, kind: type) -> bool:
+    while not isinstance(fn, kind) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, kind)
+
+
+def fixed_sites(first: Trace, second: Trace) -> list[str]:
+    """Continuous latent sites of a guide that are the same point in two runs."""
+    return [
+        site["name"]
+        for site in latent_sites(first)
+        if is_point_mass(site)
+        and site["value"].is_floating_point()
+        and torch.equal(site["value"], second.nodes[site["name"]]["value"])
+    ]
+
+
+def unconstrained_shape(site: Site) -> tuple[int, ...]:
+    """Event shape of the site's value on the unconstrained scale.
+
+    Raises:
+        InputError: if torch has no bijection onto the support.
+    """
+    fn = site["fn"]
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError as error:
+        raise InputError(
+            f"the latent {site['name']!r} has the support {fn.support} of {type(fn).__name__}, to "
+            "which torch knows no bijection; reparameterise it, or use a distribution over a "
+            "standard support"
+        ) from error
+    shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+    return tuple(shape[len(fn.batch_shape) :])
