@@ -31,6 +31,9 @@ from pyro_vharm.learning.reference import (
     learn_reference,
 )
 from pyro_vharm.learning.refit import Refit
+from pyro_vharm.model.compilation import forget_compiled
+from pyro_vharm.model.parameters import Parameters, capture_parameters
+from pyro_vharm.model.simulation import Simulation, simulate
 from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
 from pyro_vharm.output.datatree import to_datatree
 from pyro_vharm.output.figures import plot_ledger
@@ -54,18 +57,23 @@ __all__ = [
     "Kind",
     "LearningHarm",
     "LoopedRunsWarning",
+    "Parameters",
     "Particles",
     "Quadrature",
     "Reference",
     "Refit",
+    "Simulation",
     "UncompiledWarning",
     "UnitEstimates",
     "Verdict",
     "audit",
+    "capture_parameters",
+    "forget_compiled",
     "inference_gap",
     "learn_reference",
     "learning_harm",
     "log_evidence",
     "plot_ledger",
+    "simulate",
     "to_datatree",
 ]

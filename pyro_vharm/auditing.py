@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
@@ -39,6 +39,7 @@ def audit(
     method: InferenceMethod | None = None,
     refit: Refit | None = None,
     unit_plate: str | None = None,
+    parameters: Sequence[str] = (),
     material: float | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -64,6 +65,8 @@ def audit(
         method: the inference method for log evidence; see `log_evidence`.
         refit: how to refit the guide per unit, and how finely to evaluate an ELBO.
         unit_plate: name of the plate of independent units; found if left out.
+        parameters: sites that the guide holds as point masses (as AutoDelta does) and that count
+            as θ: log evidence then includes their log prior.
         material: the least total harm in nats that is called harm; see `material_harm` for what
             is taken if left out.
         seed: of all random numbers used: the same seed gives the same audit.
@@ -81,8 +84,8 @@ def audit(
         raise InputError("audit needs the guide that the model was trained with")
     learner = ImportanceWeightedLearner() if learner is None else learner
     refit = Refit() if refit is None else refit
-    with untouched(seed):
-        problem = prepare(model, guide, data, unit_plate=unit_plate)
+    with untouched(seed, model, guide):
+        problem = prepare(model, guide, data, unit_plate=unit_plate, parameters=parameters)
         held, notes = prepare_heldout(problem, heldout)
         chosen = choose_method(problem.densities, method)
         settings = {"seed": str(seed), "method": str(chosen), "learner": str(learner)}

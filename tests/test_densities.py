@@ -10,10 +10,10 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_vharm.learning.refit import elbo_over_batches
 from pyro_vharm.model.problem import prepare
 from tests.statistics import Z, assert_mean
-from tests.zoo import LOADINGS, MAKERS, NOISE, joint_unit, linear_gaussian, nested_plates, two_modes
+from tests.zoo import BASICS, LOADINGS, NOISE, joint_unit, linear_gaussian, nested_plates, two_modes
 
 
-@pytest.mark.parametrize("make", [make for make in MAKERS if make is not two_modes])
+@pytest.mark.parametrize("make", [make for make in BASICS if make is not two_modes])
 def test_importance_weights_of_guide_draws_have_the_evidence_as_their_mean(make):
     case = make()
     problem = prepare(case.model, case.guide, case.data)

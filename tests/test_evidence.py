@@ -19,7 +19,7 @@ from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_gaussia
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.particles import log_mean_exp
 from tests.statistics import Z, assert_mean, rejects
-from tests.zoo import LOADINGS, MAKERS, linear_gaussian, linear_gaussian_posterior, two_modes
+from tests.zoo import BASICS, LOADINGS, linear_gaussian, linear_gaussian_posterior, two_modes
 
 ANNEALED = AnnealedImportanceSampling(num_particles=8, num_steps=3, num_leapfrog=2, num_settling=2)
 STOCHASTIC = [
@@ -70,9 +70,9 @@ def test_law_3_reverse_runs_from_exact_draws(replicated):
     fixed = replace(ANNEALED, refit_start=False)
     plan, _ = fixed.pilot(densities, StartDensity(narrow, 0.0))
     draws = linear_gaussian_posterior(v).sample(8)
-    reverse = anneal_reverse(densities, plan, draws)
+    reverse = anneal_reverse(plan, draws)
     assert_mean(log_mean_exp(-reverse.log_weights + exact).exp(), 1.0)
-    forward = anneal_forward(densities, plan, plan.start.sample(densities, 8))
+    forward = anneal_forward(plan, plan.start.sample(densities, 8))
     assert float((log_mean_exp(forward.log_weights) - exact).mean()) < 0
     assert float((-log_mean_exp(-reverse.log_weights) - exact).mean()) > 0
 
@@ -82,11 +82,11 @@ def test_law_10_wrong_twins_are_rejected(replicated):
     plan, _ = ANNEALED.pilot(densities, match_start(densities, 0.05))
 
     elsewhere = match_start(densities, 0.05).sample(densities, 8)
-    forward = anneal_forward(densities, plan, elsewhere)
+    forward = anneal_forward(plan, elsewhere)
     assert rejects((log_mean_exp(forward.log_weights) - exact).exp(), 1.0), "another start density"
 
     noisy = linear_gaussian_posterior(v).sample(8) + 0.3
-    reverse = anneal_reverse(densities, plan, noisy)
+    reverse = anneal_reverse(plan, noisy)
     assert rejects(log_mean_exp(-reverse.log_weights + exact).exp(), 1.0), "not posterior draws"
 
     start = match_start(densities, 0.0)
@@ -100,14 +100,14 @@ def test_law_10_wrong_twins_are_rejected(replicated):
 def test_the_pilot_freezes_what_it_tunes(densities):
     plan, variance = ANNEALED.pilot(densities, match_start(densities, 0.05))
     before = [plan.step_sizes.clone(), plan.start.gaussian.mean.clone()]
-    forward = anneal_forward(densities, plan, plan.start.sample(densities, 8))
-    anneal_reverse(densities, plan, forward.latents)
+    forward = anneal_forward(plan, plan.start.sample(densities, 8))
+    anneal_reverse(plan, forward.latents)
     assert torch.equal(plan.step_sizes, before[0])
     assert torch.equal(plan.start.gaussian.mean, before[1])
     assert variance.shape == (densities.num_units,)
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make", BASICS)
 def test_evidence_is_met_by_the_default_method(make):
     case = make()
     evidence = log_evidence(case.model, case.data, guide=case.guide, progress=False)
@@ -119,7 +119,7 @@ def test_evidence_is_met_by_the_default_method(make):
         assert bool((error < Z * evidence.per_unit.errors).all())
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make", BASICS)
 def test_the_sandwich_holds(make):
     case = make()
     method = AnnealedImportanceSampling(num_particles=32, num_steps=10)
@@ -255,7 +255,7 @@ def test_single_precision_is_as_good_as_it_can_be():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make", BASICS)
 @pytest.mark.parametrize("seed", range(20))
 def test_bounds_hold_over_many_seeds(make, seed):
     case = make()

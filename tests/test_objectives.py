@@ -11,11 +11,11 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_vharm import ImportanceWeightedELBO, InputError
 from pyro_vharm.model.data import Batch
-from pyro_vharm.model.runs import run_guide, run_model
 from pyro_vharm.model.problem import prepare
+from pyro_vharm.model.runs import run_guide, run_model
 from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
 from tests.statistics import Z, assert_mean, rejects
-from tests.zoo import MAKERS, linear_gaussian, normal_model, two_modes
+from tests.zoo import BASICS, linear_gaussian, normal_model, two_modes
 
 
 def structured_model(v):
@@ -97,7 +97,7 @@ def test_gradient_for_the_guide_vanishes_at_the_posterior():
     assert float(gradient(pathwise(problem, 8, 3), [slope]).abs()) > 1e-3
 
 
-@pytest.mark.parametrize("make", [make for make in MAKERS if make is not two_modes])
+@pytest.mark.parametrize("make", [make for make in BASICS if make is not two_modes])
 def test_the_bound_is_below_the_evidence_and_rises_with_particles(make):
     case = make()
     problem = prepare(case.model, case.guide, case.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyro_vharm.errors import InputError
@@ -84,6 +85,7 @@ def inference_gap(
     method: InferenceMethod | None = None,
     refit: Refit | None = None,
     unit_plate: str | None = None,
+    parameters: Sequence[str] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> InferenceGap:
@@ -101,6 +103,8 @@ def inference_gap(
         method: the inference method for ℓ; see `log_evidence`.
         refit: how to refit, and how finely to evaluate the ELBO.
         unit_plate: name of the plate of independent units; found if left out.
+        parameters: sites that the guide holds as point masses (as AutoDelta does) and that count
+            as θ: log evidence then includes their log prior.
         seed: of all random numbers used.
         progress: show bars on long work.
 
@@ -111,8 +115,8 @@ def inference_gap(
     """
     if guide is None:
         raise InputError("inference_gap needs the guide whose ELBO it compares with the evidence")
-    with untouched(seed):
-        problem = prepare(model, guide, data, unit_plate=unit_plate)
+    with untouched(seed, model, guide):
+        problem = prepare(model, guide, data, unit_plate=unit_plate, parameters=parameters)
         if not problem.densities[0].has_guide_density:
             raise InputError(
                 "the guide holds continuous latents as point masses (Delta), so "

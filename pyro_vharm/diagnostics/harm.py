@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -246,6 +246,7 @@ def learning_harm(
     method: InferenceMethod | None = None,
     refit: Refit | None = None,
     unit_plate: str | None = None,
+    parameters: Sequence[str] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> LearningHarm:
@@ -260,14 +261,16 @@ def learning_harm(
         method: the inference method for ℓ; see `log_evidence`.
         refit: how to refit the guide per unit, and how finely to evaluate an ELBO.
         unit_plate: name of the plate of independent units; found if left out.
+        parameters: sites that the guide holds as point masses (as AutoDelta does) and that count
+            as θ: log evidence then includes their log prior.
         seed: of all random numbers used.
         progress: show bars on long work.
 
     Raises:
         InputError: where an argument breaks a constraint, before any long work.
     """
-    with untouched(seed):
-        problem = prepare(model, guide, data, unit_plate=unit_plate)
+    with untouched(seed, model, guide):
+        problem = prepare(model, guide, data, unit_plate=unit_plate, parameters=parameters)
         held, notes = prepare_heldout(problem, heldout)
         chosen = choose_method(problem.densities, method)
         refit = Refit() if refit is None else refit
@@ -310,16 +313,27 @@ def prepare_heldout(
     """Held-out data with the guide, or without it where the guide cannot be evaluated there."""
     if heldout is None:
         return None, ()
-    plate = problem.layout.plate
     try:
-        held = prepare(problem.model, problem.guide, heldout, unit_plate=plate, name="heldout")
+        held = _prepare_heldout(problem, problem.guide, heldout)
         if not _same_guide_density(problem, held):
             return held, ()
         reason = "it gives held-out units the densities of training units, whatever the data"
     except InputError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-    held = prepare(problem.model, None, heldout, unit_plate=plate, name="heldout")
+    held = _prepare_heldout(problem, None, heldout)
     return held, (f"the guide was left out on held-out data: {reason}",)
+
+
+def _prepare_heldout(problem: Problem, guide: PyroFunction | None, heldout: Data) -> Problem:
+    return prepare(
+        problem.model,
+        guide,
+        heldout,
+        unit_plate=problem.layout.plate,
+        parameters=problem.declared,
+        name="heldout",
+        heldout=True,
+    )
 
 
 def _same_guide_density(train: Problem, heldout: Problem) -> bool:

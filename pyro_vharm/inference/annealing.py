@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,7 +11,8 @@ from tqdm.auto import tqdm
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind
-from pyro_vharm.inference.hamiltonian import hamiltonian_transition
+from pyro_vharm.inference.hamiltonian import Transition, hamiltonian_transition
+from pyro_vharm.inference.path import AnnealingPath, PathState, annealing_path
 from pyro_vharm.inference.start import StartDensity, match_gaussian, match_start
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.particles import (
@@ -33,21 +33,26 @@ class AnnealedPlan(NamedTuple):
     """Everything that a pilot fixes before the run that counts.
 
     Attributes:
-        start: the normalised density f_0.
+        path: from the normalised density f_0 to the joint density.
         temperatures: 0 = β_0 < … < β_T = 1, shape ``(T + 1,)``.
         step_sizes: of the transition at each β_t, t ≥ 1, per unit, shape ``(T, unit)``.
         num_leapfrog: leapfrog steps of each transition.
     """
 
-    start: StartDensity
+    path: AnnealingPath
     temperatures: Tensor
     step_sizes: Tensor
     num_leapfrog: int
 
+    @property
+    def start(self) -> StartDensity:
+        """The density f_0."""
+        return self.path.start
+
 
 class _Tuned(NamedTuple):
     plan: AnnealedPlan
-    latents: Tensor
+    state: PathState
     log_weights: Tensor
 
 
@@ -57,35 +62,37 @@ class _Weighted(NamedTuple):
     acceptance: Tensor
 
 
-def anneal_forward(densities: UnitDensities, plan: AnnealedPlan, latents: Tensor) -> _Weighted:
+def anneal_forward(plan: AnnealedPlan, latents: Tensor) -> _Weighted:
     """Carry draws of the start density along log f_β = (1 − β) log f_0 + β log p(v, h; θ).
 
     The weight Π_t f_{β_t}(h_{t−1}) / f_{β_{t−1}}(h_{t−1}) has mean p(v; θ), whatever the
     transitions, as long as each leaves its f_{β_t} invariant.
     """
-    log_weights = torch.zeros(latents.shape[:2], dtype=latents.dtype, device=latents.device)
+    state = plan.path.at(latents)
+    log_weights = torch.zeros_like(state.log_joint)
     acceptance = torch.zeros_like(log_weights)
     for t, change in enumerate(plan.temperatures.diff()):
-        log_weights = log_weights + change * _log_ratio(densities, plan.start, latents)
-        latents, accepted = _transition(densities, plan, t, latents)
+        log_weights = log_weights + change * state.log_ratio
+        state, accepted = _transition(plan, t, state)
         acceptance = acceptance + accepted / len(plan.step_sizes)
-    return _Weighted(latents, log_weights, acceptance)
+    return _Weighted(state.latents, log_weights, acceptance)
 
 
-def anneal_reverse(densities: UnitDensities, plan: AnnealedPlan, latents: Tensor) -> _Weighted:
+def anneal_reverse(plan: AnnealedPlan, latents: Tensor) -> _Weighted:
     """Carry posterior draws back to the start density, transitions reversed and in reverse order.
 
     Each transition is reversible, so it is its own reversal. If the draws are exact,
     E[exp(−log_weights)] = 1 / p(v; θ).
     """
-    log_weights = torch.zeros(latents.shape[:2], dtype=latents.dtype, device=latents.device)
+    state = plan.path.at(latents)
+    log_weights = torch.zeros_like(state.log_joint)
     acceptance = torch.zeros_like(log_weights)
     changes = plan.temperatures.diff()
     for t in reversed(range(len(changes))):
-        latents, accepted = _transition(densities, plan, t, latents)
+        state, accepted = _transition(plan, t, state)
         acceptance = acceptance + accepted / len(changes)
-        log_weights = log_weights + changes[t] * _log_ratio(densities, plan.start, latents)
-    return _Weighted(latents, log_weights, acceptance)
+        log_weights = log_weights + changes[t] * state.log_ratio
+    return _Weighted(state.latents, log_weights, acceptance)
 
 
 @dataclass(frozen=True)
@@ -150,11 +157,11 @@ class AnnealedImportanceSampling:
             plan, variance = self.pilot(densities, start)
             bar.update()
             latents = plan.start.sample(densities, self.num_particles)
-            forward = anneal_forward(densities, plan, latents)
+            forward = anneal_forward(plan, latents)
             bar.update()
             log_weights, dropped = drop_nonfinite(forward.log_weights)
-            settled = self.settle(densities, plan, resample(forward.latents, log_weights))
-            reverse = anneal_reverse(densities, plan, settled)
+            settled = self.settle(plan, resample(forward.latents, log_weights))
+            reverse = anneal_reverse(plan, settled)
             bar.update()
         reverse_log_weights, dropped_reverse = drop_nonfinite(reverse.log_weights, reverse=True)
         return Particles(
@@ -177,74 +184,59 @@ class AnnealedImportanceSampling:
         Returns:
             the frozen plan, and var(w)/mean(w)² of the second run's weights, shape ``(unit,)``.
         """
-        first = self._tune(densities, start)
+        path = annealing_path(densities, start, self.num_particles, self._num_calls(densities.dim))
+        first = self._tune(densities, path)
         if not self.refit_start:
             return first.plan, relative_variance(drop_nonfinite(first.log_weights)[0])
-        latents, draws = first.latents, []
-        wanted = _PILOT_DRAWS + _PILOT_DRAWS_PER_DIM * densities.dim
-        for _ in range(-(-wanted // self.num_particles)):
-            latents = self._adapt(densities, first.plan, -1, latents)
-            draws.append(latents)
+        state, draws = first.state, []
+        for _ in range(self._num_refit(densities.dim)):
+            state = self._adapt(first.plan, -1, state)
+            draws.append(state.latents)
         refitted = replace(start, gaussian=match_gaussian(torch.cat(draws)))
-        second = self._tune(densities, refitted)
+        second = self._tune(densities, path.from_start(refitted))
         return second.plan, relative_variance(drop_nonfinite(second.log_weights)[0])
 
-    def _tune(self, densities: UnitDensities, start: StartDensity) -> _Tuned:
+    def _num_refit(self, dim: int) -> int:
+        """Transitions whose states refit the start density."""
+        return -(-(_PILOT_DRAWS + _PILOT_DRAWS_PER_DIM * dim) // self.num_particles)
+
+    def _num_calls(self, dim: int) -> int:
+        """Evaluations of the path in one run, about."""
+        pilot = (1 + self.refit_start) * _PILOT_SWEEPS * self.num_steps
+        refit = self._num_refit(dim) if self.refit_start else 0
+        return self.num_leapfrog * (pilot + refit + 2 * self.num_steps + self.num_settling)
+
+    def _tune(self, densities: UnitDensities, path: AnnealingPath) -> _Tuned:
         temperatures = torch.linspace(
             0, 1, self.num_steps + 1, dtype=densities.dtype, device=densities.device
         )
-        latents = start.sample(densities, self.num_particles)
-        log_weights = torch.zeros(latents.shape[:2], dtype=latents.dtype, device=latents.device)
+        state = path.at(path.start.sample(densities, self.num_particles))
+        log_weights = torch.zeros_like(state.log_joint)
         first = torch.full_like(log_weights[0], _FIRST_STEP_SIZE * densities.dim**-0.25)
-        plan = AnnealedPlan(start, temperatures, first.repeat(self.num_steps, 1), self.num_leapfrog)
+        plan = AnnealedPlan(path, temperatures, first.repeat(self.num_steps, 1), self.num_leapfrog)
         for t, change in enumerate(temperatures.diff()):
-            log_weights = log_weights + change * _log_ratio(densities, start, latents)
+            log_weights = log_weights + change * state.log_ratio
             plan.step_sizes[t] = plan.step_sizes[max(t - 1, 0)]
             for _ in range(_PILOT_SWEEPS):
-                latents = self._adapt(densities, plan, t, latents)
-        return _Tuned(plan, latents, log_weights)
+                state = self._adapt(plan, t, state)
+        return _Tuned(plan, state, log_weights)
 
-    def _adapt(
-        self, densities: UnitDensities, plan: AnnealedPlan, t: int, latents: Tensor
-    ) -> Tensor:
+    def _adapt(self, plan: AnnealedPlan, t: int, state: PathState) -> PathState:
         """One transition, after which its step sizes are pulled toward the target acceptance."""
         t = t % len(plan.step_sizes)
-        latents, accepted = _transition(densities, plan, t, latents)
+        state, accepted = _transition(plan, t, state)
         plan.step_sizes[t] *= (accepted.mean(0) - self.target_acceptance).exp()
-        return latents
+        return state
 
-    def settle(self, densities: UnitDensities, plan: AnnealedPlan, latents: Tensor) -> Tensor:
+    def settle(self, plan: AnnealedPlan, latents: Tensor) -> Tensor:
         """Move particles on at β = 1."""
+        state = plan.path.at(latents)
         for _ in range(self.num_settling):
-            latents, _ = _transition(densities, plan, len(plan.step_sizes) - 1, latents)
-        return latents
+            state, _ = _transition(plan, len(plan.step_sizes) - 1, state)
+        return state.latents
 
 
-def _log_ratio(densities: UnitDensities, start: StartDensity, latents: Tensor) -> Tensor:
-    """Log p(v, h; θ) − log f_0(h)."""
-    with torch.no_grad():
-        terms = densities.terms(latents)
-        return terms.log_joint - start.log_prob(latents, terms.log_prior)
-
-
-def _transition(
-    densities: UnitDensities, plan: AnnealedPlan, t: int, latents: Tensor
-) -> tuple[Tensor, Tensor]:
+def _transition(plan: AnnealedPlan, t: int, state: PathState) -> Transition:
     return hamiltonian_transition(
-        _tempered(densities, plan.start, plan.temperatures[t + 1]),
-        latents,
-        plan.step_sizes[t],
-        plan.start.gaussian,
-        plan.num_leapfrog,
+        plan.path, state, plan.temperatures[t + 1], plan.step_sizes[t], plan.num_leapfrog
     )
-
-
-def _tempered(
-    densities: UnitDensities, start: StartDensity, temperature: Tensor
-) -> Callable[[Tensor], Tensor]:
-    def log_density(latents: Tensor) -> Tensor:
-        terms = densities.terms(latents)
-        log_start = start.log_prob(latents, terms.log_prior)
-        return (1 - temperature) * log_start + temperature * terms.log_joint
-
-    return log_density

@@ -235,6 +235,7 @@ def log_evidence(
     guide: PyroFunction | None = None,
     method: InferenceMethod | None = None,
     unit_plate: str | None = None,
+    parameters: Sequence[str] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> Evidence:
@@ -249,6 +250,8 @@ def log_evidence(
             first for units of one or two continuous latent dimensions, the second beyond, and
             `Enumeration` where all latents are discrete.
         unit_plate: name of the plate of independent units; found if left out.
+        parameters: sites that the guide holds as point masses (as AutoDelta does) and that count
+            as θ: log evidence then includes their log prior.
         seed: of all random numbers used.
         progress: show bars on long work.
 
@@ -266,7 +269,7 @@ def log_evidence(
     >>> abs(evidence.per_unit.total().value - float(exact)) < 1e-5
     True
     """
-    with untouched(seed):
-        problem = prepare(model, guide, data, unit_plate=unit_plate)
+    with untouched(seed, model, guide):
+        problem = prepare(model, guide, data, unit_plate=unit_plate, parameters=parameters)
         chosen = choose_method(problem.densities, method)
         return estimate_evidence(problem.densities, chosen, progress=progress)

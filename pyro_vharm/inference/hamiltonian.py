@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_vharm.inference.start import UnitGaussian
+from pyro_vharm.inference.path import AnnealingPath, PathState
 
 __all__ = ["Transition", "hamiltonian_transition"]
 
@@ -17,58 +16,49 @@ class Transition(NamedTuple):
     """Where a transition ended, and how likely the proposals were to be accepted.
 
     Attributes:
-        latents: shape ``(particle, unit, dim)``.
+        state: the latents and the path there.
         acceptance: acceptance probabilities, shape ``(particle, unit)``.
     """
 
-    latents: Tensor
+    state: PathState
     acceptance: Tensor
 
 
 def hamiltonian_transition(
-    log_density: Callable[[Tensor], Tensor],
-    latents: Tensor,
+    path: AnnealingPath,
+    state: PathState,
+    temperature: Tensor,
     step_size: Tensor,
-    metric: UnitGaussian,
     num_leapfrog: int,
 ) -> Transition:
-    """Leave exp(log_density) invariant, reversibly, by one Hamiltonian Monte Carlo step.
+    """Leave f_β invariant, reversibly, by one Hamiltonian Monte Carlo step.
 
-    In the coordinates e with h = L e, momenta are standard normal and
-    r ← r + ½ε Lᵀ∇log f(h), h ← h + ε L r, r ← r + ½ε Lᵀ∇log f(h), repeated; then a
+    In the coordinates e with h = L e, L from the start density's Gaussian, momenta are standard
+    normal and r ← r + ½ε Lᵀ∇log f_β(h), h ← h + ε L r, r ← r + ½ε Lᵀ∇log f_β(h), repeated; then a
     Metropolis test. A proposal whose energy is not finite is rejected.
 
     Args:
-        log_density: ``(particle, unit, dim)`` → ``(particle, unit)``, units independent.
-        latents: where to start.
+        path: the densities.
+        state: where to start.
+        temperature: β.
         step_size: ε per unit, shape ``(unit,)``.
-        metric: gives L per unit.
-        num_leapfrog: leapfrog steps.
+        num_leapfrog: leapfrog steps, each of which evaluates the path once.
 
     Source: "MCMC using Hamiltonian dynamics", Neal (2011).
     """
-    momentum = torch.randn_like(latents)
+    metric = path.start.gaussian
+    momentum = torch.randn_like(state.latents)
     half = 0.5 * step_size[:, None]
-    position = latents
-    start, force = _value_and_force(log_density, position, metric)
-    energy = start - 0.5 * momentum.square().sum(-1)
-    moving, value = momentum, start
+    force = metric.scale_transposed(state.gradient(temperature))
+    energy = state.log_density(temperature) - 0.5 * momentum.square().sum(-1)
+    moving, proposed = momentum, state
     for _ in range(num_leapfrog):
         moving = moving + half * force
-        position = position + step_size[:, None] * metric.scale(moving)
-        value, force = _value_and_force(log_density, position, metric)
+        position = proposed.latents + step_size[:, None] * metric.scale(moving)
+        proposed = path.at(position)
+        force = metric.scale_transposed(proposed.gradient(temperature))
         moving = moving + half * force
-    change = value - 0.5 * moving.square().sum(-1) - energy
+    change = proposed.log_density(temperature) - 0.5 * moving.square().sum(-1) - energy
     acceptance = change.nan_to_num(nan=-torch.inf).clamp(max=0.0).exp()
     accepted = torch.rand_like(acceptance) < acceptance
-    return Transition(torch.where(accepted[..., None], position, latents), acceptance)
-
-
-def _value_and_force(
-    log_density: Callable[[Tensor], Tensor], latents: Tensor, metric: UnitGaussian
-) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = latents.detach().requires_grad_()
-        value = log_density(leaf)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), metric.scale_transposed(gradient)
+    return Transition(proposed.where(accepted, state), acceptance)

@@ -188,6 +188,7 @@ def learn_reference(
     learner: ImportanceWeightedLearner | None = None,
     fresh: Fresh | None = None,
     unit_plate: str | None = None,
+    parameters: Sequence[str] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> Reference:
@@ -206,6 +207,8 @@ def learn_reference(
         learner: the better learner.
         fresh: returns a new, untrained (model, guide) whose parameters have the same names.
         unit_plate: name of the plate of independent units; found if left out.
+        parameters: sites that the guide holds as point masses (as AutoDelta does) and that count
+            as θ: log evidence then includes their log prior.
         seed: of all random numbers used.
         progress: show bars on long work.
 
@@ -213,8 +216,8 @@ def learn_reference(
         InputError: where model, guide or data break a constraint, before any long work.
     """
     learner = ImportanceWeightedLearner() if learner is None else learner
-    with untouched(seed):
-        problem = prepare(model, guide, data, unit_plate=unit_plate)
+    with untouched(seed, model, guide):
+        problem = prepare(model, guide, data, unit_plate=unit_plate, parameters=parameters)
         return train_reference(problem, learner, fresh, progress=progress)
 
 
@@ -299,7 +302,13 @@ def _attempt(
 def _probe(problem: Problem) -> Problem:
     """A few hundred of the units, if they can be had apart, with the same live parameters."""
     part = cut_batch(problem.densities[0], _PROBED_UNITS)[0]
-    return prepare(problem.model, problem.guide, [part], unit_plate=problem.layout.plate)
+    return prepare(
+        problem.model,
+        problem.guide,
+        [part],
+        unit_plate=problem.layout.plate,
+        parameters=problem.declared,
+    )
 
 
 def _as_learned(problem: Problem) -> _Candidate:
@@ -342,7 +351,13 @@ def _start_afresh(problem: Problem, fresh: Fresh | None) -> _FreshStart | str:
     """A problem with untrained parameters in a param store of its own, or why there is none."""
     with pyro.get_param_store().scope() as store:
         model, guide = (problem.model, problem.guide) if fresh is None else fresh()
-        again = prepare(model, guide, problem.batches, unit_plate=problem.layout.plate)
+        again = prepare(
+            model,
+            guide,
+            problem.batches,
+            unit_plate=problem.layout.plate,
+            parameters=problem.declared,
+        )
     known, found = problem.model_parameters.leaves, again.model_parameters.leaves
     if any(found.get(name) is leaf for name, leaf in known.items()):
         if fresh is None:

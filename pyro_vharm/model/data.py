@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
 
-__all__ = ["Batch", "Data", "as_batches"]
+__all__ = ["Batch", "Data", "as_batches", "with_subsample"]
 
 type Data = tuple[Any, ...] | Mapping[str, Any] | Iterable[Any]
 
@@ -75,3 +75,8 @@ def _as_batch(entry: Any, name: str) -> Batch:
         if isinstance(value, Tensor) and value.numel() == 0:
             raise InputError(f"{name}[{key!r}] is an empty tensor of shape {tuple(value.shape)}")
     return batch
+
+
+def with_subsample(batch: Batch, indices: Mapping[str, Tensor]) -> Batch:
+    """The batch with plates that subsample held at given indices, where they are not yet."""
+    return replace(batch, subsample={**indices, **batch.subsample}) if indices else batch

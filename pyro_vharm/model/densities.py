@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vharm.model.data import Batch
-from pyro_vharm.model.runs import ModelRun, run_guide, run_model, with_subsample
+from pyro_vharm.model.data import Batch, with_subsample
+from pyro_vharm.model.runs import ModelRun, run_guide, run_model
 from pyro_vharm.model.structure import GuideDensity, Structure
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.model.units import UnitLayout

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 
-from pyro_vharm.model.data import Batch
+from pyro_vharm.model.data import Batch, with_subsample
 from pyro_vharm.model.sites import (
     Site,
     fixed_sites,
     is_discrete,
     latent_sites,
     observed_sites,
+    subsample_sites,
     unconstrained_shape,
 )
 from pyro_vharm.model.structure import GuideDensity, SiteDims, Structure
@@ -94,7 +95,8 @@ def inspect_pair(
     if guide is not None and guide_trace is not None:
         check_sites_match(latents, proposed)
         check_masks(latents, proposed)
-        again = trace_call(guide, batch)
+        indices = {name: site["value"] for name, site in subsample_sites(guide_trace).items()}
+        again = trace_call(guide, with_subsample(batch, indices))
         fixed = fixed_sites(guide_trace, again)
         check_density(latents, proposed, fixed, observed_sites(guide_trace))
         density = GuideDensity.NONE if fixed else GuideDensity.PER_UNIT

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import pyro
@@ -62,18 +63,74 @@ class Parameters:
         """The leaves that require a gradient."""
         return [leaf for leaf in self.leaves.values() if leaf.requires_grad]
 
+    def select(self, names: Collection[str]) -> Parameters:
+        """Some of the parameters."""
+        return Parameters(
+            {name: leaf for name, leaf in self.leaves.items() if name in names},
+            {name: found for name, found in self.constraints.items() if name in names},
+        )
+
+    def joined(self, other: Parameters) -> Parameters:
+        """These and others."""
+        return Parameters(
+            {**self.leaves, **other.leaves}, {**self.constraints, **other.constraints}
+        )
+
+    def change(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By how much the unconstrained values moved from earlier ones."""
+        return {name: value - before[name] for name, value in self.values().items()}
+
+    def gradient(self, value: Tensor) -> dict[str, Tensor]:
+        """∇ of a scalar with respect to every unconstrained value, by name; 0 where it has none.
+
+        Raises:
+            InputError: if the scalar depends on no parameter that requires a gradient.
+        """
+        learned = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
+        if not value.requires_grad or not learned:
+            raise InputError("the value depends on no parameter that requires a gradient")
+        found = torch.autograd.grad(value, list(learned.values()), allow_unused=True)
+        gradients = dict(zip(learned, found, strict=True))
+        return {
+            name: torch.zeros_like(leaf) if (g := gradients.get(name)) is None else g
+            for name, leaf in self.leaves.items()
+        }
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the unconstrained values to a file of plain tensors, without code."""
+        torch.save(self.values(), path)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Set the parameters, in place, to values that `save` wrote; no code is unpickled.
+
+        Raises:
+            InputError: if names or shapes are not those of these parameters.
+        """
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        self._check_names(values, str(path))
+        for name, leaf in self.leaves.items():
+            if values[name].shape != leaf.shape:
+                raise InputError(
+                    f"{path} holds {name!r} with shape {tuple(values[name].shape)}, the parameter "
+                    f"has {tuple(leaf.shape)}"
+                )
+        self.assign(values)
+
+    def _check_names(self, values: Mapping[str, Any], where: str) -> None:
+        missing, unknown = self.leaves.keys() - values.keys(), values.keys() - self.leaves.keys()
+        if missing or unknown:
+            raise InputError(
+                f"{where} must name exactly the parameters {sorted(self.leaves)}; missing "
+                f"{sorted(missing)}, unknown {sorted(unknown)}"
+            )
+
     def unconstrain(self, values: Mapping[str, Any], argument: str) -> dict[str, Tensor]:
         """Turn user-facing values into unconstrained ones.
 
         Raises:
             InputError: if a name is missing or unknown, a shape differs, or a constraint fails.
         """
-        missing, unknown = self.leaves.keys() - values.keys(), values.keys() - self.leaves.keys()
-        if missing or unknown:
-            raise InputError(
-                f"{argument} must name exactly the model's parameters {sorted(self.leaves)}; "
-                f"missing {sorted(missing)}, unknown {sorted(unknown)}"
-            )
+        self._check_names(values, argument)
         return {name: self._unconstrain_one(name, values[name], argument) for name in self.leaves}
 
     def _unconstrain_one(self, name: str, value: Any, argument: str) -> Tensor:

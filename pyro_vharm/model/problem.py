@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pyro import poutine
@@ -12,6 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.checks import check_densities
 from pyro_vharm.model.data import Batch, Data, as_batches
+from pyro_vharm.model.declared import DeclaredModel, declare
 from pyro_vharm.model.densities import LatentSite, UnitDensities
 from pyro_vharm.model.inspection import inspect_pair, run_plainly
 from pyro_vharm.model.parameters import Parameters, capture_parameters, check_disjoint
@@ -36,6 +38,7 @@ class Problem:
         densities: the same, as plain functions of tensors per batch.
         model_parameters: θ.
         guide_parameters: φ; empty without a guide.
+        declared: sites that count as parameters.
     """
 
     model: PyroFunction
@@ -44,6 +47,7 @@ class Problem:
     densities: Sequence[UnitDensities]
     model_parameters: Parameters
     guide_parameters: Parameters
+    declared: tuple[str, ...] = ()
 
     @property
     def num_units(self) -> int:
@@ -67,7 +71,9 @@ def prepare(
     data: Data,
     *,
     unit_plate: str | None = None,
+    parameters: Sequence[str] = (),
     name: str = "data",
+    heldout: bool = False,
 ) -> Problem:
     """Run model and guide once on each batch, and check all that can be checked at once.
 
@@ -76,16 +82,24 @@ def prepare(
         guide: a Pyro guide for it, or ``None``.
         data: see `as_batches`.
         unit_plate: names the plate of independent units; found if left out.
+        parameters: sites that the guide holds as point masses and that count as θ. Their log
+            prior is part of the log evidence, an equal share of it of each unit's.
         name: the argument's name, for messages.
+        heldout: leave that log prior out.
 
     Raises:
         InputError: if model, guide and data do not fit together, or are of a kind that is not
             supported; the message names the site or argument.
     """
     batches = as_batches(data, name)
+    model, guide = declare(model, guide, parameters, batches[0])
+    declared = model.names if isinstance(model, DeclaredModel) else ()
     densities = [
-        part for batch in batches for part in _batch_densities(model, guide, batch, unit_plate)
+        part
+        for batch in batches
+        for part in _batch_densities(model, guide, batch, unit_plate, declared)
     ]
+    densities = _share_prior(densities, math.inf if heldout else None) if declared else densities
     first = densities[0].structure
     if first.layout.plate is None and len(batches) > 1:
         raise InputError(
@@ -99,30 +113,45 @@ def prepare(
         )
     theta, phi = capture_pair(model, guide, batches[0])
     check_disjoint(theta, phi)
-    return Problem(model, guide, batches, densities, theta, phi)
+    return Problem(model, guide, batches, densities, theta, phi, declared)
+
+
+def _share_prior(densities: list[UnitDensities], units: float | None) -> list[UnitDensities]:
+    """Tell every batch among how many units the log prior of declared parameters is shared."""
+    units = sum(part.num_units for part in densities) if units is None else units
+    shared = [replace(part.structure, declared_units=units) for part in densities]
+    return [replace(d, structure=structure) for d, structure in zip(densities, shared, strict=True)]
 
 
 def _batch_densities(
-    model: PyroFunction, guide: PyroFunction | None, batch: Batch, unit_plate: str | None
+    model: PyroFunction,
+    guide: PyroFunction | None,
+    batch: Batch,
+    unit_plate: str | None,
+    declared: Sequence[str] = (),
 ) -> list[UnitDensities]:
-    structure, _ = inspect_pair(model, guide, batch, unit_plate)
+    structure, _ = inspect_pair(model, guide, batch, unit_plate, declared)
     with reporting("model or guide"):
         parts = whole_batches(
             model, guide, batch, run_plainly(model, guide, batch), structure.layout.plate
         )
-    return [_densities(model, guide, part, unit_plate) for part in parts]
+    return [_densities(model, guide, part, unit_plate, declared) for part in parts]
 
 
 def _densities(
-    model: PyroFunction, guide: PyroFunction | None, batch: Batch, unit_plate: str | None
+    model: PyroFunction,
+    guide: PyroFunction | None,
+    batch: Batch,
+    unit_plate: str | None,
+    declared: Sequence[str],
 ) -> UnitDensities:
-    structure, trace = inspect_pair(model, guide, batch, unit_plate)
+    structure, trace = inspect_pair(model, guide, batch, unit_plate, declared)
     latents = latent_sites(trace)
     check_same_kind(latents)
     if structure.guide_density is GuideDensity.TOTAL and site_scale(latents[0]) != 1.0:
         raise InputError(
             "the guide draws the latents of all units as one (log q cannot be evaluated per unit), "
-            "and the plate is subsampled; pass all data in one call"
+            "but the plate is subsampled; pass all data in one call, with a plate of their number"
         )
     dtype, device = _kind(trace, structure)
     densities = UnitDensities(
@@ -175,7 +204,11 @@ def capture_pair(
             trace = poutine.trace(guide).get_trace(*args, **kwargs)
         return poutine.replay(model, trace=trace)(*args, **kwargs)
 
-    return capture_parameters(replayed, batch), capture_parameters(guide, batch)
+    theta = capture_parameters(replayed, batch)
+    if isinstance(model, DeclaredModel):
+        points, phi = model.split(batch)
+        return theta.joined(points), phi
+    return theta, capture_parameters(guide, batch)
 
 
 def objective_structure(

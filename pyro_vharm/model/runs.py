@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from pyro_vharm.model.tracing import (
 )
 from pyro_vharm.model.units import UnitLayout, site_scale
 
-__all__ = ["GuideRun", "ModelRun", "run_guide", "run_model", "with_subsample"]
+__all__ = ["GuideRun", "ModelRun", "run_guide", "run_model"]
 
 _PARTICLES = "_particles"
 
@@ -76,11 +75,6 @@ class ModelRun(NamedTuple):
     unconstrained: dict[str, Tensor]
     log_abs_det: Tensor
     scale: float
-
-
-def with_subsample(batch: Batch, indices: Mapping[str, Tensor]) -> Batch:
-    """The batch with plates that subsample held at given indices."""
-    return replace(batch, subsample={**indices, **batch.subsample}) if indices else batch
 
 
 def run_guide(

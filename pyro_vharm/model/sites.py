@@ -19,6 +19,7 @@ __all__ = [
     "fixed_sites",
     "is_discrete",
     "is_improper",
+    "is_periodic",
     "is_point_mass",
     "latent_sites",
     "log_prob_at",
@@ -111,7 +112,12 @@ def is_improper(site: Site) -> bool:
     return _wraps(site["fn"], dist.ImproperUniform)
 
 
-def _wraps(fn: Any, kind: type) -> bool:
+def is_periodic(site: Site) -> bool:
+    """Whether the site's density repeats itself, so that it has no total mass of one."""
+    return _wraps(site["fn"], (dist.VonMises, dist.SineBivariateVonMises))
+
+
+def _wraps(fn: Any, kind: type | tuple[type, ...]) -> bool:
     while not isinstance(fn, kind) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, kind)

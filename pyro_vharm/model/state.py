@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyro
 import torch
+from torch import Tensor, nn
 
 __all__ = ["untouched"]
 
 
 @contextmanager
-def untouched(seed: int) -> Iterator[None]:
-    """Work with random numbers from `seed`, then put everything global back, also on an error.
+def untouched(seed: int, *functions: Callable[..., Any] | None) -> Iterator[None]:
+    """Work with random numbers from `seed`, then put everything back, also on an error.
 
     Restored: the random states of Python, NumPy and torch (all devices), the names in Pyro's
-    param store, and the values and gradients of the parameters in it. Values are restored in
+    param store, the values and gradients of the parameters in it, and of the modules that the
+    functions hold: attributes, buffers, parameters and train or eval mode. Values are restored in
     place, so that optimisers keep pointing at the same tensors.
+
+    Args:
+        seed: of the random numbers inside.
+        functions: models and guides that are about to be run.
     """
+    modules = [_kept_module(module) for module in _modules(functions)]
     store = pyro.get_param_store()
     state = store.get_state()
     leaves = list(state["params"].values())
@@ -41,3 +53,79 @@ def untouched(seed: int) -> Iterator[None]:
                 for leaf, value, gradient in zip(leaves, values, gradients, strict=True):
                     leaf.copy_(value)
                     leaf.grad = gradient
+            for module in modules:
+                module.restore()
+
+
+@dataclass(frozen=True)
+class _KeptModule:
+    """One module, without its submodules, as it was."""
+
+    module: nn.Module
+    attributes: dict[str, Any]
+    contents: dict[str, dict[str, Any]]
+    values: list[tuple[Tensor, Tensor, Tensor | None]]
+
+    def restore(self) -> None:
+        own = self.module.__dict__
+        own.clear()
+        own.update(self.attributes)
+        for name, content in self.contents.items():
+            own[name].clear()
+            own[name].update(content)
+        with torch.no_grad():
+            for tensor, value, gradient in self.values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+                tensor.grad = gradient
+
+
+def _kept_module(module: nn.Module) -> _KeptModule:
+    own = module.__dict__
+    tensors = [*own["_parameters"].values(), *own["_buffers"].values()]
+    return _KeptModule(
+        module,
+        dict(own),
+        {name: dict(value) for name, value in own.items() if isinstance(value, dict)},
+        [(t, t.detach().clone(), t.grad) for t in tensors if t is not None],
+    )
+
+
+def _modules(functions: Iterable[Any]) -> list[nn.Module]:
+    """Every module that callables are, are bound to, or close over."""
+    found: dict[int, nn.Module] = {}
+    for function in functions:
+        for root in _reachable(function, depth=4):
+            found.update({id(module): module for module in root.modules()})
+    return list(found.values())
+
+
+def _contents(cell: Any) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # not filled yet
+        return []
+
+
+def _reachable(value: Any, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    if depth == 0 or not callable(value):
+        return
+    if isinstance(value, functools.partial):
+        inner = [value.func, *value.args, *value.keywords.values()]
+    elif inspect.ismethod(value):
+        inner = [value.__self__, value.__func__]
+    elif inspect.isfunction(value):
+        known = value.__globals__
+        inner = [known[name] for name in value.__code__.co_names if name in known]
+        inner += [content for cell in value.__closure__ or () for content in _contents(cell)]
+    elif hasattr(value, "func"):  # what a Pyro handler makes of a function
+        inner = [value.func]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    else:
+        return
+    for part in inner:
+        yield from _reachable(part, depth - 1)

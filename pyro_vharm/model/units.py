@@ -137,7 +137,8 @@ def unit_layout(
     nesting = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
     plate = find_unit_plate(latents, observed) if unit_plate is None else unit_plate
     dim = None if plate is None else _unit_dim(plate, [*latents, *observed], guide_sites)
-    _check_scale(sites, plate)
+    inside = [s for s in guide_sites if plate is None or _plate_dim(s, plate) is not None]
+    _check_scale([*latents, *observed, *inside], plate)
     return UnitLayout(plate, dim, max(nesting, default=0))
 
 

@@ -17,6 +17,7 @@ from pyro_vharm.model.sites import (
     Site,
     is_discrete,
     is_improper,
+    is_periodic,
     is_point_mass,
     masked_where,
     unconstrained_shape,
@@ -92,6 +93,12 @@ def check_latents(latents: Sequence[Site], guided: Collection[str]) -> None:
                 f"the latent {name!r} ({kind}) is discrete and cannot be enumerated, so it cannot "
                 "be summed out; sum it out in the model, or bound its support (Binomial and "
                 "Categorical can be enumerated, Poisson and Geometric cannot)"
+            )
+        if is_periodic(site):
+            raise InputError(
+                f"the latent {name!r} ({kind}) is an angle whose density repeats itself along the "
+                "real line, so its integral there is not one; use a distribution on an interval or "
+                "on the line, such as a Beta scaled to it"
             )
         if is_improper(site):
             raise InputError(

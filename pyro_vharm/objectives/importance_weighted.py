@@ -11,10 +11,10 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
-from pyro_vharm.model.data import Batch
+from pyro_vharm.model.data import Batch, with_subsample
 from pyro_vharm.model.parameters import check_disjoint
 from pyro_vharm.model.problem import capture_pair, objective_structure
-from pyro_vharm.model.runs import GuideRun, ModelRun, run_guide, run_model, with_subsample
+from pyro_vharm.model.runs import GuideRun, ModelRun, run_guide, run_model
 from pyro_vharm.model.structure import Structure
 from pyro_vharm.model.tracing import PyroFunction
 

@@ -1,0 +1,252 @@
+"""Functions of a batch's densities, traced to a graph and compiled where the work ahead pays."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from pyro_vharm.errors import UncompiledWarning
+from pyro_vharm.model.data import Batch
+from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.parameters import capture_parameters
+
+__all__ = ["Accelerated", "accelerate", "compiled", "eager", "forget_compiled", "traced"]
+
+_WORTH_TRACING, _WORTH_COMPILING = 2.0, 30.0  # seconds of eager work ahead
+_MOST_KEPT = 16
+
+type Function = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """A function of a batch's densities and further tensors, in one of three forms.
+
+    Attributes:
+        call: takes the further tensors, then those of the batch.
+        batch_tensors: the tensors of the batch.
+        form: ``"eager"``, ``"graph"`` or ``"compiled"``.
+    """
+
+    call: Callable[..., tuple[Tensor, ...]]
+    batch_tensors: tuple[Tensor, ...]
+    form: str
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The function's values; nothing is recorded for differentiation."""
+        with torch.no_grad():
+            return tuple(self.call(*inputs, *self.batch_tensors))
+
+
+def eager(function: Function, densities: UnitDensities) -> Accelerated:
+    """Run the model by Pyro at every call."""
+    return Accelerated(lambda *inputs: function(densities, *inputs), (), "eager")
+
+
+def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor]) -> Accelerated:
+    """Run the model once and keep the graph of tensor operations.
+
+    The tensors of the batch are inputs of the graph, so that batches of one shape share it.
+    Parameters stay the same tensors: changes in place are seen, replacements are not.
+
+    Raises:
+        RuntimeError: if control flow depends on values, or an operation is random.
+    """
+    leaves, spec = pytree.tree_flatten(_content(densities.batch))
+    lifted = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        further, batch_tensors = tensors[: len(inputs)], iter(tensors[len(inputs) :])
+        filled = [next(batch_tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        batch = _with_content(densities.batch, pytree.tree_unflatten(filled, spec))
+        return function(replace(densities, batch=batch), *further)
+
+    with torch.no_grad(), pyro.validation_enabled(False):
+        graph = make_fx(lambda *tensors: flat(*tensors))(*inputs, *lifted)
+    graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    graph.recompile()
+    _refuse_random(graph)
+    return Accelerated(graph, lifted, "graph")
+
+
+def compiled(function: Function, densities: UnitDensities, inputs: Sequence[Tensor]) -> Accelerated:
+    """The same graph, compiled by torch's inductor for the shapes of these inputs.
+
+    Raises:
+        Exception: whatever torch raises where there is no working compiler.
+    """
+    found = traced(function, densities, inputs)
+    faster = replace(
+        found, call=torch.compile(found.call, dynamic=False, fullgraph=True), form="compiled"
+    )
+    faster(*inputs)
+    return faster
+
+
+def accelerate(
+    function: Function, densities: UnitDensities, inputs: Sequence[Tensor], num_calls: int
+) -> Accelerated:
+    """The form of a function that the number of calls ahead pays for.
+
+    Eager for little work; a graph for a few seconds of it; compiled from half a minute on. What
+    was traced or compiled is kept by model, shapes and identity of parameters, checked against an
+    eager call each time it is taken out, and used whatever the work.
+
+    Args:
+        function: takes densities and tensors, returns tensors; differentiates inside if at all.
+            Everything else that it depends on must be in its identity and equality.
+        densities: of one batch.
+        inputs: an example of the further tensors.
+        num_calls: how often it will be called.
+
+    Warns:
+        UncompiledWarning: once for each function and model, if it cannot be traced or compiled.
+    """
+    plain = eager(function, densities)
+    started = time.perf_counter()
+    expected = plain(*inputs)
+    work = num_calls * (time.perf_counter() - started)
+    key = _key(function, densities, inputs)
+    kept = _kept(key, densities, inputs, expected)
+    if kept is not None and (kept.form != "graph" or work < _WORTH_COMPILING):
+        return kept
+    if work < _WORTH_TRACING:
+        return plain
+    make = compiled if work >= _WORTH_COMPILING else traced
+    return _keep(key, _first_that_works(make, function, densities, inputs, expected))
+
+
+def forget_compiled() -> None:
+    """Drop every graph that is kept, and the models and parameters it holds on to."""
+    _GRAPHS.clear()
+
+
+_GRAPHS: OrderedDict[Hashable, Accelerated] = OrderedDict()
+
+
+def _first_that_works(
+    make: Callable[..., Accelerated],
+    function: Function,
+    densities: UnitDensities,
+    inputs: Sequence[Tensor],
+    expected: tuple[Tensor, ...],
+) -> Accelerated:
+    reasons = []
+    for form in (make, traced) if make is not traced else (traced,):
+        try:
+            found = form(function, densities, inputs)
+            if _same(found(*inputs), expected):
+                break
+            reasons.append(f"{form.__name__} gives other numbers")
+        except Exception as error:  # torch raises of every kind here, and eager always works
+            reasons.append(f"{form.__name__} fails: {type(error).__name__}: {_first_line(error)}")
+    else:
+        found = eager(function, densities)
+    if reasons:
+        warnings.warn(
+            f"a long computation runs {found.form}, as {'; '.join(reasons)}. The numbers are the "
+            "same; a C++ compiler on PATH, and a model without control flow that depends on "
+            "tensors' values, make it faster.",
+            UncompiledWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def _key(function: Function, densities: UnitDensities, inputs: Sequence[Tensor]) -> Hashable:
+    """What a graph depends on beside the values of its inputs; ``None`` if that has no hash."""
+    leaves, spec = pytree.tree_flatten(_content(densities.batch))
+    signature = tuple(_signature(leaf) for leaf in (*inputs, *leaves))
+    parameters = capture_parameters(densities.model, densities.batch).leaves.values()
+    structure = densities.structure
+    key = (
+        function,
+        densities.model,
+        structure.layout,
+        structure.model_runs,
+        densities.sites,
+        densities.num_units,
+        tuple(id(leaf) for leaf in parameters),
+        repr(spec),
+        signature,
+    )
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _signature(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape), leaf.dtype, leaf.device)
+    return leaf  # type: ignore[no-any-return]
+
+
+def _kept(
+    key: Hashable,
+    densities: UnitDensities,
+    inputs: Sequence[Tensor],
+    expected: tuple[Tensor, ...],
+) -> Accelerated | None:
+    kept = _GRAPHS.get(key)
+    if kept is None:
+        return None
+    leaves = pytree.tree_leaves(_content(densities.batch))
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    again = kept if kept.form == "eager" else replace(kept, batch_tensors=tensors)
+    if again.form != "eager" and not _same(again(*inputs), expected):
+        del _GRAPHS[key]  # a tensor that the model closes over was replaced
+        return None
+    _GRAPHS.move_to_end(key)
+    return again
+
+
+def _keep(key: Hashable, found: Accelerated) -> Accelerated:
+    if key is not None and found.form != "eager":
+        _GRAPHS[key] = found
+        while len(_GRAPHS) > _MOST_KEPT:
+            _GRAPHS.popitem(last=False)
+    return found
+
+
+def _content(batch: Batch) -> tuple[Any, ...]:
+    return batch.args, dict(batch.kwargs), dict(batch.subsample)
+
+
+def _with_content(batch: Batch, content: tuple[Any, ...]) -> Batch:
+    args, kwargs, subsample = content
+    return replace(batch, args=args, kwargs=kwargs, subsample=subsample)
+
+
+def _same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(
+        torch.allclose(a, b, rtol=_tolerance(b), atol=_tolerance(b), equal_nan=True)
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def _tolerance(like: Tensor) -> float:
+    return 1e4 * torch.finfo(like.dtype).eps
+
+
+def _refuse_random(graph: GraphModule) -> None:
+    for node in graph.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags:
+            raise RuntimeError(f"{node.target} is random")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
