@@ -246,7 +246,7 @@ def test_single_precision_is_as_good_as_it_can_be():
     case = linear_gaussian()
     (v,) = case.data
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.zoo.LOADINGS", LOADINGS.float())
+        patch.setattr("tests.zoo.basics.LOADINGS", LOADINGS.float())
         evidence = log_evidence(case.model, (v.float(),), guide=case.guide, progress=False)
     assert evidence.per_unit.values.dtype == torch.float32
     error = (evidence.per_unit.values.double() - case.exact).abs()

@@ -60,7 +60,7 @@ def simulate(
         InputError: if the model cannot simulate its data: it has factors, is scaled, observes
             what cannot be drawn, or observes what is no argument and `rebuild` is missing.
 
-    >>> import pyro, pyro.distributions as dist
+    >>> import torch, pyro, pyro.distributions as dist
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
     ...         h = pyro.sample("h", dist.Normal(0.0, 1.0))
@@ -73,8 +73,7 @@ def simulate(
     if len(batches) != 1:
         raise InputError(f"simulate takes one call's arguments, not {len(batches)} batches")
     with untouched(seed, model):
-        batch, simulation = simulate_batch(model, batches[0], rebuild)
-    return simulation
+        return simulate_batch(model, batches[0], rebuild)[1]
 
 
 def simulate_batch(

@@ -1,7 +1,6 @@
 """Pyro models of many kinds with exact log evidence per unit, each with an imperfect guide."""
 
 from . import (
-    basics,
     continuous,
     discrete,
     effects,

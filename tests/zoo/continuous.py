@@ -186,25 +186,6 @@ def normal_gamma() -> Case:
     return Case("normal-gamma", model, guide, (v,), torch.tensor(marginal.logpdf(v.numpy())))
 
 
-def von_mises() -> Case:
-    """An angle: h ~ VM(0.3, 1.2), v | h ~ VM(h, 2.5): p(v) = I₀(|1.2 e^{0.3i} + 2.5 e^{iv}|)/…"""
-    v = torch.tensor([-2.9, 0.1, 1.6, 3.0])
-
-    def model(v):
-        with pyro.plate("units", len(v)):
-            h = pyro.sample("h", dist.VonMises(0.3, 1.2))
-            pyro.sample("v", dist.VonMises(h, 2.5), obs=v)
-
-    def guide(v):
-        with pyro.plate("units", len(v)):
-            pyro.sample("h", dist.VonMises(v - 0.2, 1.4))
-
-    resultant = (1.2**2 + 2.5**2 + 2 * 1.2 * 2.5 * (v - 0.3).cos()).sqrt()
-    i0 = torch.special.i0
-    normalizer = 2 * torch.pi * i0(torch.tensor(1.2)) * i0(torch.tensor(2.5))
-    return Case("von Mises", model, guide, (v,), (i0(resultant) / normalizer).log())
-
-
 MAKERS = (
     normal_normal,
     linear_gaussian,
@@ -216,5 +197,4 @@ MAKERS = (
     correlation_cholesky,
     normal_gamma,
     two_modes,
-    von_mises,
 )

@@ -1,0 +1,175 @@
+"""Value and gradient of log p(v, h) with respect to the latents: ours beside peers.
+
+Each peer returns log p per (particle, unit) and its gradient per (particle, unit, dim), in float32,
+on one thread of one core. Their results are compared before anything is timed. Run with
+``python -m benchmarks.gradients``; JAX joins in if it is installed (``pip install
+'pyro-vharm[bench]'``).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from statistics import quantiles
+from typing import Any, Protocol
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from benchmarks.problems import LATENT, NUM_PARTICLES, PROBLEMS, Problem
+from benchmarks.timing import Timing, time_interleaved, use_one_core
+from pyro_vharm.model.problem import prepare
+
+if find_spec("jax") is not None:
+    import jax
+    import jax.numpy as jnp
+
+__all__ = ["compare", "main", "ours"]
+
+REFERENCE = "hand-written torch"
+_HEADER = ("problem", "peer", "ms", "quartiles", "ratio", "cores")
+
+type Peer = Callable[[], tuple[Any, Any]]
+
+
+class Densities(Protocol):
+    """What `prepare` makes of a model and one batch, as far as it is used here."""
+
+    def log_joint(self, latents: Tensor, /) -> Tensor:
+        """Log p(v, h), shape ``(particle, unit)``."""
+
+
+def ours(densities: Densities, latents: Tensor) -> dict[str, Peer]:
+    """The ways in which this package evaluates a model."""
+    return {
+        "ours, eager": lambda: _value_and_gradient(densities.log_joint, latents),
+        # "ours, graph" and "ours, compiled" belong here.
+    }
+
+
+def _peers(problem: Problem) -> dict[str, Peer]:
+    densities = prepare(problem.model, None, problem.data).densities[0]
+    peers: dict[str, Peer] = {
+        REFERENCE: lambda: _value_and_gradient(
+            lambda latents: problem.torch_log_joint(latents, *problem.arrays), problem.latents
+        ),
+        "Pyro, traced": lambda: _value_and_gradient(
+            lambda latents: _pyro_log_joint(problem, latents), problem.latents
+        ),
+    }
+    if find_spec("jax") is not None:
+        peers["hand-written JAX, jit"] = _jax_peer(problem)
+    return peers | ours(densities, problem.latents)
+
+
+def _value_and_gradient(
+    log_joint: Callable[[Tensor], Tensor], latents: Tensor
+) -> tuple[Tensor, Tensor]:
+    leaf = latents.detach().requires_grad_()
+    value = log_joint(leaf)
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), gradient
+
+
+def _pyro_log_joint(problem: Problem, latents: Tensor) -> Tensor:
+    """What a user of Pyro would write: condition, trace under a plate of particles, sum."""
+    conditioned = poutine.condition(problem.model, {LATENT: latents})
+    with pyro.validation_enabled(False):
+        with pyro.plate("particles", NUM_PARTICLES, dim=-2):
+            trace = poutine.trace(conditioned).get_trace(*problem.data)
+        trace = prune_subsample_sites(trace)
+        trace.compute_log_prob()
+    log_probs = [
+        site["unscaled_log_prob"] for site in trace.nodes.values() if site["type"] == "sample"
+    ]
+    return torch.stack(log_probs).sum(0)
+
+
+def _jax_peer(problem: Problem) -> Peer:
+    """Data and weights are arguments, so that the graph outlives an update of either."""
+
+    def total(latents: Any, *arrays: Any) -> tuple[Any, Any]:
+        value = problem.jax_log_joint(latents, *arrays)
+        return value.sum(), value
+
+    compiled = jax.jit(jax.value_and_grad(total, has_aux=True))
+    inputs = [jnp.asarray(tensor.numpy()) for tensor in (problem.latents, *problem.arrays)]
+
+    def evaluate() -> tuple[Any, Any]:
+        (_, value), gradient = compiled(*inputs)
+        return value.block_until_ready(), gradient.block_until_ready()
+
+    return evaluate
+
+
+def compare(peers: Mapping[str, Peer]) -> None:
+    """Check that all peers return the same.
+
+    Raises:
+        ValueError: if a value or gradient of one differs from the hand-written formula's.
+    """
+    expected = peers[REFERENCE]()
+    for name, peer in peers.items():
+        for what, found, right in zip(("value", "gradient"), peer(), expected, strict=True):
+            tensor = torch.tensor(np.asarray(found))
+            tolerance = 1e3 * torch.finfo(torch.float32).eps
+            if tensor.dtype != torch.float32 or tensor.shape != right.shape:
+                raise ValueError(f"{name}: {what} is {tensor.dtype} of shape {tensor.shape}")
+            if not torch.allclose(tensor, right, rtol=tolerance, atol=tolerance):
+                worst = float((tensor - right).abs().max())
+                raise ValueError(f"{name}: {what} is off by up to {worst:.2g}")
+
+
+def _rows(problem: str, timings: Mapping[str, Timing]) -> list[tuple[str, ...]]:
+    reference = timings[REFERENCE].milliseconds
+    rows: list[tuple[str, ...]] = []
+    for name, timing in timings.items():
+        low, _, high = quantiles(timing.rounds, n=4)
+        ratio = f"{timing.milliseconds / reference:.2f}"
+        spread = f"{low:.3g}–{high:.3g}"
+        rows.append(
+            (problem, name, f"{timing.milliseconds:.3g}", spread, ratio, f"{timing.cores:.2f}")
+        )
+    return rows
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in [_HEADER, *rows]) for i in range(len(_HEADER))]
+    for row in [_HEADER, tuple("-" * width for width in widths), *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("| " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    """Check and time every peer on every problem, and print one table."""
+    parser = argparse.ArgumentParser(
+        description="Value and gradient of log p(v, h): this package beside hand-written code."
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each peer (at least 2)")
+    parser.add_argument(
+        "--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="which to run"
+    )
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for the quartiles; got {options.rounds}")
+    use_one_core()
+    torch.set_num_threads(1)
+    if find_spec("jax") is None:
+        print("jax is not installed: its rows are left out")
+    rows: list[tuple[str, ...]] = []
+    for name in options.problems:
+        pyro.clear_param_store()
+        peers = _peers(PROBLEMS[name]())
+        compare(peers)
+        rows += _rows(name, time_interleaved(peers, num_rounds=options.rounds))
+    print(f"{NUM_PARTICLES} particles, float32; ratio to {REFERENCE}; cores = CPU / wall time\n")
+    _print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
