@@ -19,7 +19,7 @@ from pyro_vharm.model.runs import ModelRun, run_guide, run_model
 from pyro_vharm.model.structure import GuideDensity, Structure
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.model.units import UnitLayout
-from pyro_vharm.model.vectorising import by_loop
+from pyro_vharm.model.vectorising import by_loop, by_vmap
 
 __all__ = ["DensityTerms", "Draws", "LatentSite", "UnitDensities"]
 
@@ -141,17 +141,23 @@ class UnitDensities:
         return self._run_at(latents).values
 
     def draw_latents(self, num_particles: int) -> Tensor:
-        """Draws of the guide, or of the prior where there is no guide density."""
-        values, masks, batch = {}, {}, self.batch
+        """Draws of the guide, or of the prior where there is no guide density.
+
+        Prior draws of a model that `torch.vmap` runs are made one by one, as most distributions
+        refuse to draw under it.
+        """
+        values, masks, batch, structure = {}, {}, self.batch, self.structure
         if self.has_guide_density:
             assert self.guide is not None
             drawn = run_guide(self.guide, self.batch, self.structure, num_particles)
             values, masks = drawn.values, drawn.masks
             batch = with_subsample(batch, drawn.subsample)
+        elif structure.model_runs is by_vmap:
+            structure = replace(structure, model_runs=by_loop)
         at = run_model(
             self.model,
             batch,
-            self.structure,
+            structure,
             num_particles,
             values=values,
             masks=masks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -91,6 +92,28 @@ class ParallelSites(Messenger):  # type: ignore[misc]
             msg["infer"]["enumerate"] = "parallel"
 
 
+class _UnvalidatedSites(Messenger):  # type: ignore[misc]
+    """Take validation off distributions that were made while it was on, as priors of modules are.
+
+    A value at the edge of a support then has density 0 and raises nothing, and no control flow
+    depends on values.
+    """
+
+    def _pyro_sample(self, msg: Site) -> None:
+        msg["fn"] = _unvalidated(msg["fn"])
+
+
+def _unvalidated(fn: Any) -> Any:
+    if not getattr(fn, "_validate_args", False):
+        return fn
+    fn = copy.copy(fn)
+    fn._validate_args = False
+    for name in ("base_dist", "_component_distribution", "_mixture_distribution"):
+        if name in fn.__dict__:
+            fn.__dict__[name] = _unvalidated(fn.__dict__[name])
+    return fn
+
+
 def trace_call(
     function: PyroFunction,
     batch: Batch,
@@ -122,6 +145,7 @@ def trace_call(
         if summed:  # inside of what fixes values, so that it keeps track of their dims
             stack.enter_context(EnumMessenger(first_free_dim))
         stack.enter_context(ParallelSites(summed))
+        stack.enter_context(_UnvalidatedSites())
         if particles is not None:
             stack.enter_context(pyro.plate("_particles", particles[0], dim=particles[1]))
         function(*batch.args, **batch.kwargs)
