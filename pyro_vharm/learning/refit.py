@@ -110,7 +110,8 @@ def _refit_batch(
     assert problem.guide is not None, "callers check for a guide first"
     freed = free_arguments(problem.guide, densities.batch)
     if freed is None or not densities.structure.per_unit:
-        if densities.layout.plate is not None and densities.structure.per_unit:
+        shared = densities.layout.plate is not None and densities.structure.per_unit
+        if shared or not problem.guide_parameters.trainable():
             return None
         with problem.guide_parameters.at(problem.guide_parameters.values()):
             _fit(densities, problem.guide_parameters.trainable(), refit, progress)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_vharm.errors import InputError
-from pyro_vharm.model.data import Batch
+from pyro_vharm.model.data import Batch, Data, as_batches
 
 __all__ = ["Parameters", "capture_parameters", "check_disjoint"]
 
@@ -60,8 +60,9 @@ class Parameters:
             self.assign(before)
 
     def trainable(self) -> list[Tensor]:
-        """The leaves that require a gradient."""
-        return [leaf for leaf in self.leaves.values() if leaf.requires_grad]
+        """The leaves that require a gradient, each once however many names it has."""
+        once = {id(leaf): leaf for leaf in self.leaves.values() if leaf.requires_grad}
+        return list(once.values())
 
     def select(self, names: Collection[str]) -> Parameters:
         """Some of the parameters."""
@@ -147,14 +148,26 @@ class Parameters:
         return unconstrained
 
 
-def capture_parameters(function: Callable[..., Any], batch: Batch) -> Parameters:
+def capture_parameters(function: Callable[..., Any], data: Data | Batch) -> Parameters:
     """Run a model or guide once and collect the parameters it reads, as SVI does.
 
     Args:
-        function: a model (replayed against a guide trace, if it needs one) or a guide.
-        batch: the arguments to run it with.
+        function: a model or a guide.
+        data: the arguments to run it with; of several batches, the first.
+
+    Raises:
+        InputError: if the data are not of a form that is understood.
+
+    >>> import torch, pyro
+    >>> def model(x):
+    ...     pyro.param("scale", torch.tensor(2.0), constraint=constraints.positive)
+    >>> theta = capture_parameters(model, (torch.ones(3),))
+    >>> float(theta.constrained()["scale"])
+    2.0
     """
-    with poutine.block(), poutine.trace(param_only=True) as capture:
+    batch = data if isinstance(data, Batch) else as_batches(data)[0]
+    random_state = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+    with random_state, poutine.block(), poutine.trace(param_only=True) as capture:
         function(*batch.args, **batch.kwargs)
     stored = pyro.get_param_store().get_state()["constraints"]
     leaves, found = {}, {}

@@ -124,13 +124,13 @@ def _check_can_be_drawn(site: Site) -> None:
 
 def _replaced(content: Any, drawn: list[Site]) -> Any:
     """The arguments, with each that a site observes replaced by what the site drew."""
-    leaves, spec = pytree.tree_flatten(content)
-    taken: dict[int, str] = {}
+    original, spec = pytree.tree_flatten(content)
+    leaves, taken = list(original), set[int]()
     for site in drawn:
         name, given, value = site["name"], site["infer"]["obs"], site["value"]
-        places = [i for i, leaf in enumerate(leaves) if leaf is given]
-        if not places or any(i in taken for i in places):
-            reason = "is no argument of the call" if not places else "is observed twice"
+        places = {i for i, leaf in enumerate(original) if leaf is given}
+        if not places or places & taken:
+            reason = "is observed twice" if places else "is no argument of the call"
             raise InputError(
                 f"what the site {name!r} observes {reason}, so the simulated values cannot be put "
                 "into the guide's arguments; pass rebuild=, a callable that takes the simulated "
@@ -141,8 +141,8 @@ def _replaced(content: Any, drawn: list[Site]) -> Any:
                 f"the site {name!r} draws values of shape {tuple(value.shape)} where the argument "
                 f"has {tuple(given.shape)}; pass rebuild= to make one from the other"
             )
+        taken |= places
         for i in places:
-            taken[i] = name
             leaves[i] = value.to(given.dtype)
     return pytree.tree_unflatten(leaves, spec)
 
