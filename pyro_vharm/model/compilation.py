@@ -37,11 +37,13 @@ class Accelerated:
         call: takes the further tensors, then those of the batch.
         batch_tensors: the tensors of the batch.
         form: ``"eager"``, ``"graph"`` or ``"compiled"``.
+        is_best: whether nothing faster can be had, so that more work ahead changes nothing.
     """
 
     call: Callable[..., tuple[Tensor, ...]]
     batch_tensors: tuple[Tensor, ...]
     form: str
+    is_best: bool = False
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function's values; nothing is recorded for differentiation."""
@@ -72,7 +74,8 @@ def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor
         batch = _with_content(densities.batch, pytree.tree_unflatten(filled, spec))
         return function(replace(densities, batch=batch), *further)
 
-    with torch.no_grad(), pyro.validation_enabled(False):
+    with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about its own code
         graph = make_fx(lambda *tensors: flat(*tensors))(*inputs, *lifted)
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.recompile()
@@ -87,10 +90,11 @@ def compiled(function: Function, densities: UnitDensities, inputs: Sequence[Tens
         Exception: whatever torch raises where there is no working compiler.
     """
     found = traced(function, densities, inputs)
-    faster = replace(
-        found, call=torch.compile(found.call, dynamic=False, fullgraph=True), form="compiled"
-    )
-    faster(*inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call = torch.compile(found.call, dynamic=False, fullgraph=True)
+        faster = replace(found, call=call, form="compiled", is_best=True)
+        faster(*inputs)
     return faster
 
 
@@ -118,13 +122,14 @@ def accelerate(
     expected = plain(*inputs)
     work = num_calls * (time.perf_counter() - started)
     key = _key(function, densities, inputs)
-    kept = _kept(key, densities, inputs, expected)
-    if kept is not None and (kept.form != "graph" or work < _WORTH_COMPILING):
+    kept = _kept(key, plain, densities, inputs, expected)
+    if kept is not None and (kept.is_best or work < _WORTH_COMPILING):
         return kept
     if work < _WORTH_TRACING:
         return plain
     make = compiled if work >= _WORTH_COMPILING else traced
-    return _keep(key, _first_that_works(make, function, densities, inputs, expected))
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        return _keep(key, _first_that_works(make, function, densities, inputs, expected))
 
 
 def forget_compiled() -> None:
@@ -154,6 +159,7 @@ def _first_that_works(
     else:
         found = eager(function, densities)
     if reasons:
+        found = replace(found, is_best=True)
         warnings.warn(
             f"a long computation runs {found.form}, as {'; '.join(reasons)}. The numbers are the "
             "same; a C++ compiler on PATH, and a model without control flow that depends on "
@@ -196,6 +202,7 @@ def _signature(leaf: Any) -> Hashable:
 
 def _kept(
     key: Hashable,
+    plain: Accelerated,
     densities: UnitDensities,
     inputs: Sequence[Tensor],
     expected: tuple[Tensor, ...],
@@ -203,10 +210,12 @@ def _kept(
     kept = _GRAPHS.get(key)
     if kept is None:
         return None
+    if kept.form == "eager":
+        return replace(plain, is_best=True)
     leaves = pytree.tree_leaves(_content(densities.batch))
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    again = kept if kept.form == "eager" else replace(kept, batch_tensors=tensors)
-    if again.form != "eager" and not _same(again(*inputs), expected):
+    again = replace(kept, batch_tensors=tensors)
+    if not _same(again(*inputs), expected):
         del _GRAPHS[key]  # a tensor that the model closes over was replaced
         return None
     _GRAPHS.move_to_end(key)
@@ -214,7 +223,7 @@ def _kept(
 
 
 def _keep(key: Hashable, found: Accelerated) -> Accelerated:
-    if key is not None and found.form != "eager":
+    if key is not None:
         _GRAPHS[key] = found
         while len(_GRAPHS) > _MOST_KEPT:
             _GRAPHS.popitem(last=False)
