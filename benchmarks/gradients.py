@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from statistics import quantiles
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyro
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from benchmarks.problems import LATENT, NUM_PARTICLES, PROBLEMS, Problem
 from benchmarks.timing import Timing, time_interleaved, use_one_core
+from pyro_vharm.model.compilation import compiled, eager, traced
+from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.problem import prepare
 
 if find_spec("jax") is not None:
@@ -32,24 +34,28 @@ if find_spec("jax") is not None:
 __all__ = ["compare", "main", "ours"]
 
 REFERENCE = "hand-written torch"
-_HEADER = ("problem", "peer", "ms", "quartiles", "ratio", "cores")
+PYRO = "Pyro, traced"
+JAX = "hand-written JAX, jit"
+_HEADER = ("problem", "peer", "ms", "quartiles", "/ torch", "/ Pyro", "/ JAX", "cores")
 
-type Peer = Callable[[], tuple[Any, Any]]
-
-
-class Densities(Protocol):
-    """What `prepare` makes of a model and one batch, as far as it is used here."""
-
-    def log_joint(self, latents: Tensor, /) -> Tensor:
-        """Log p(v, h), shape ``(particle, unit)``."""
+type Peer = Callable[[], tuple[Any, ...]]
 
 
-def ours(densities: Densities, latents: Tensor) -> dict[str, Peer]:
+def ours(densities: UnitDensities, latents: Tensor) -> dict[str, Peer]:
     """The ways in which this package evaluates a model."""
+    plain = eager(_ours, densities)
+    graph = traced(_ours, densities, (latents,))
+    fast = compiled(_ours, densities, (latents,))
     return {
-        "ours, eager": lambda: _value_and_gradient(densities.log_joint, latents),
-        # "ours, graph" and "ours, compiled" belong here.
+        "ours, eager": lambda: plain(latents),
+        "ours, graph": lambda: graph(latents),
+        "ours, compiled": lambda: fast(latents),
     }
+
+
+def _ours(densities: UnitDensities, latents: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        return _value_and_gradient(densities.log_joint, latents)
 
 
 def _peers(problem: Problem) -> dict[str, Peer]:
@@ -58,12 +64,12 @@ def _peers(problem: Problem) -> dict[str, Peer]:
         REFERENCE: lambda: _value_and_gradient(
             lambda latents: problem.torch_log_joint(latents, *problem.arrays), problem.latents
         ),
-        "Pyro, traced": lambda: _value_and_gradient(
+        PYRO: lambda: _value_and_gradient(
             lambda latents: _pyro_log_joint(problem, latents), problem.latents
         ),
     }
     if find_spec("jax") is not None:
-        peers["hand-written JAX, jit"] = _jax_peer(problem)
+        peers[JAX] = _jax_peer(problem)
     return peers | ours(densities, problem.latents)
 
 
@@ -126,15 +132,16 @@ def compare(peers: Mapping[str, Peer]) -> None:
 
 
 def _rows(problem: str, timings: Mapping[str, Timing]) -> list[tuple[str, ...]]:
-    reference = timings[REFERENCE].milliseconds
     rows: list[tuple[str, ...]] = []
     for name, timing in timings.items():
         low, _, high = quantiles(timing.rounds, n=4)
-        ratio = f"{timing.milliseconds / reference:.2f}"
+        ratios = [
+            f"{timing.milliseconds / timings[peer].milliseconds:.2f}" if peer in timings else ""
+            for peer in (REFERENCE, PYRO, JAX)
+        ]
         spread = f"{low:.3g}–{high:.3g}"
-        rows.append(
-            (problem, name, f"{timing.milliseconds:.3g}", spread, ratio, f"{timing.cores:.2f}")
-        )
+        cells = f"{timing.milliseconds:.3g}", spread, *ratios, f"{timing.cores:.2f}"
+        rows.append((problem, name, *cells))
     return rows
 
 
@@ -167,7 +174,7 @@ def main() -> None:
         peers = _peers(PROBLEMS[name]())
         compare(peers)
         rows += _rows(name, time_interleaved(peers, num_rounds=options.rounds))
-    print(f"{NUM_PARTICLES} particles, float32; ratio to {REFERENCE}; cores = CPU / wall time\n")
+    print(f"{NUM_PARTICLES} particles, float32; times over those of peers; cores = CPU / wall\n")
     _print_table(rows)
 
 

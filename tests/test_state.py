@@ -1,5 +1,6 @@
 """Law 9: a diagnostic changes nothing, also when it raises or is interrupted."""
 
+import functools
 import random
 
 import numpy as np
@@ -204,3 +205,67 @@ def test_global_weights_with_priors_are_one_joint_unit():
     covariance = x @ x.T + 0.25 * torch.eye(9)
     exact = dist.MultivariateNormal(torch.zeros(9), covariance).log_prob(v)
     assert float((evidence.per_unit.values - exact).abs()) < 1e-6
+
+
+def normal(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+
+def test_a_guide_that_never_ran_is_left_as_it_was_made():
+    guide = AutoNormal(normal)
+    before = dict(guide.__dict__), set(guide._modules)
+    vh.log_evidence(normal, (torch.ones(3),), guide=guide, progress=False)
+    assert guide.prototype_trace is None
+    assert (dict(guide.__dict__), set(guide._modules)) == before
+    assert not pyro.get_param_store().keys()
+    guide(torch.ones(5))
+    assert guide.locs.h.shape == (5,), "it can still be set up for other data"
+
+
+class Counting(nn.Module):
+    """Counts its calls in an attribute and in a buffer, and remembers its last input."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, h):
+        self.calls += 1
+        self.count += 1
+        self.last = h
+        return h
+
+
+@pytest.mark.parametrize("held_by", ["closure", "method", "partial", "handler"])
+def test_modules_that_count_their_calls_do_not_count_ours(held_by):
+    network = Counting()
+
+    def model(v, network=network):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+            pyro.sample("v", dist.Normal(network(h), 1.0), obs=v)
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def model(self, v):
+            model(v, self.network)
+
+    def closing(v):
+        model(v, network)
+
+    models = {
+        "closure": closing,
+        "method": Holder().model,
+        "partial": functools.partial(model, network=network),
+        "handler": pyro.poutine.block(closing, hide_types=["param"]),
+    }
+    network(torch.ones(2))
+    vh.log_evidence(models[held_by], (torch.ones(3),), progress=False)
+    assert network.calls == 1 and float(network.count) == 1.0
+    assert torch.equal(network.last, torch.ones(2))

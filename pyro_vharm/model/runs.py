@@ -149,8 +149,8 @@ def run_model(
         trace = trace_call(
             model,
             batch,
-            FixedSites(values),
-            substitute,
+            *([FixedSites(values)] if values else []),
+            *([substitute] if names else []),
             particles=_plate(layout, count),
             summed=summed,
             first_free_dim=layout.particle_dim - (count is not None),

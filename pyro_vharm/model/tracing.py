@@ -139,12 +139,13 @@ def trace_call(
         tracer,
         ExitStack() as stack,
     ):
-        stack.enter_context(FixedSites(batch.subsample))
+        if batch.subsample:
+            stack.enter_context(FixedSites(batch.subsample))
         for messenger in messengers:
             stack.enter_context(messenger)
         if summed:  # inside of what fixes values, so that it keeps track of their dims
             stack.enter_context(EnumMessenger(first_free_dim))
-        stack.enter_context(ParallelSites(summed))
+            stack.enter_context(ParallelSites(summed))
         stack.enter_context(_UnvalidatedSites())
         if particles is not None:
             stack.enter_context(pyro.plate("_particles", particles[0], dim=particles[1]))
