@@ -123,3 +123,16 @@ def test_models_that_cannot_simulate_say_why(model, v, message):
 def test_one_call_at_a_time():
     with pytest.raises(vh.InputError, match="not 2 batches"):
         vh.simulate(factored, [torch.ones(2), torch.ones(2)])
+
+
+def lagged(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        lag = torch.nn.functional.pad(v[:, :-1], (1, 0))
+        pyro.sample("v", dist.Normal(h.unsqueeze(-1) + 0.8 * lag, 0.3).to_event(1), obs=v)
+
+
+def test_a_model_that_looks_at_its_data_elsewhere_is_refused():
+    """Draws given the old lags would be taken for posterior draws of the new data."""
+    with pytest.raises(vh.InputError, match=r"densities of \['v'\] change with the data"):
+        vh.simulate(lagged, (torch.full((3, 4), 10.0),))

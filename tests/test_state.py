@@ -269,3 +269,29 @@ def test_modules_that_count_their_calls_do_not_count_ours(held_by):
     vh.log_evidence(models[held_by], (torch.ones(3),), progress=False)
     assert network.calls == 1 and float(network.count) == 1.0
     assert torch.equal(network.last, torch.ones(2))
+
+
+def test_graphs_that_the_user_holds_stay_valid(trained):
+    model, guide, v = trained
+    loss = pyro.infer.Trace_ELBO().differentiable_loss(model, guide, v)
+    vh.log_evidence(model, (v,), guide=guide, progress=False)
+    loss.backward()
+
+
+@pytest.mark.parametrize("container", [dict, list])
+def test_modules_in_containers_are_found(container):
+    network = Counting()
+    networks = {"net": network} if container is dict else [network]
+    key = "net" if container is dict else 0
+
+    class Plain:
+        def __init__(self):
+            self.networks = networks
+
+        def model(self, v):
+            with pyro.plate("units", len(v)):
+                h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+                pyro.sample("v", dist.Normal(self.networks[key](h), 1.0), obs=v)
+
+    vh.log_evidence(Plain().model, (torch.ones(3),), progress=False)
+    assert network.calls == 0 and float(network.count) == 0.0

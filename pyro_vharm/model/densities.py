@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vharm.model.data import Batch, with_subsample
+from pyro_vharm.model.data import Batch
 from pyro_vharm.model.runs import ModelRun, run_guide, run_model
 from pyro_vharm.model.structure import GuideDensity, Structure
 from pyro_vharm.model.tracing import PyroFunction
@@ -146,17 +146,16 @@ class UnitDensities:
         Prior draws of a model that `torch.vmap` runs are made one by one, as most distributions
         refuse to draw under it.
         """
-        values, masks, batch, structure = {}, {}, self.batch, self.structure
+        values, masks, structure = {}, {}, self.structure
         if self.has_guide_density:
             assert self.guide is not None
             drawn = run_guide(self.guide, self.batch, self.structure, num_particles)
             values, masks = drawn.values, drawn.masks
-            batch = with_subsample(batch, drawn.subsample)
         elif structure.model_runs is by_vmap:
             structure = replace(structure, model_runs=by_loop)
         at = run_model(
             self.model,
-            batch,
+            self.batch,
             structure,
             num_particles,
             values=values,
@@ -178,7 +177,7 @@ class UnitDensities:
         drawn = run_guide(self.guide, self.batch, self.structure, num_particles)
         at = run_model(
             self.model,
-            with_subsample(self.batch, drawn.subsample),
+            self.batch,
             self.structure,
             num_particles,
             values=drawn.values,

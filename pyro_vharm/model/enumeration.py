@@ -8,9 +8,11 @@ from typing import Any
 
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
+from pyro.ops.rings import LogRing
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vharm.model import log_einsum
 from pyro_vharm.model.sites import Site
 from pyro_vharm.model.units import UnitLayout
 
@@ -51,9 +53,15 @@ def sum_out(
     kept = {trace.plate_to_symbol.get(name) for name in (particle_plate, layout.plate)}
     shown = set().union(*(_symbols(term) for terms in tree.values() for term in terms))
     target = frozenset(symbol for symbol in kept if symbol in shown)
-    contracted: Tensor = contract_to_tensor(tree, summed, target)
+    contracted: Tensor = contract_to_tensor(tree, summed, target, ring=_Ring())
     unpacked: Tensor = packed.unpack(contracted, trace.symbol_to_dim)
     return unpacked
+
+
+class _Ring(LogRing):  # type: ignore[misc]
+    """Products and sums of densities in log space, also under `torch.vmap`."""
+
+    _backend = log_einsum.__name__
 
 
 def _symbols(factor: Any) -> str:

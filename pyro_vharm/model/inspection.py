@@ -89,18 +89,19 @@ def inspect_pair(
     trace, guide_trace = run_plainly(model, guide, batch)
     latents = latent_sites(trace)
     observed = [site for site in observed_sites(trace) if site["name"] not in declared]
+    points = [site for site in observed_sites(trace) if site["name"] in declared]
     proposed = [] if guide_trace is None else latent_sites(guide_trace)
     check_latents(latents, {site["name"] for site in proposed})
     density = GuideDensity.PER_UNIT
+    check_masks(latents, proposed)
     if guide is not None and guide_trace is not None:
         check_sites_match(latents, proposed)
-        check_masks(latents, proposed)
         indices = {name: site["value"] for name, site in subsample_sites(guide_trace).items()}
         again = trace_call(guide, with_subsample(batch, indices))
         fixed = fixed_sites(guide_trace, again)
         check_density(latents, proposed, fixed, observed_sites(guide_trace))
         density = GuideDensity.NONE if fixed else GuideDensity.PER_UNIT
-    layout = unit_layout(latents, observed, proposed, unit_plate)
+    layout = unit_layout(latents, observed, proposed, unit_plate, points)
     if density is GuideDensity.PER_UNIT and not _in_plate(proposed, layout):
         density = GuideDensity.TOTAL
     names = tuple(site["name"] for site in latents if not is_discrete(site))
@@ -113,6 +114,7 @@ def inspect_pair(
         unguided=frozenset(discrete - guided),
         guided=frozenset(guided),
         guide_density=density,
+        subsampled=frozenset(subsample_sites(trace)),
         declared=frozenset(declared),
     )
     return structure, trace

@@ -9,16 +9,18 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.enumeration import Factor, sum_out
 from pyro_vharm.model.sites import (
     Mask,
+    Site,
     is_point_mass,
     latent_sites,
     log_prob_at,
     masked_where,
     observed_sites,
-    subsample_sites,
+    own_log_prob,
 )
 from pyro_vharm.model.structure import Structure
 from pyro_vharm.model.tracing import (
@@ -43,7 +45,6 @@ class GuideRun(NamedTuple):
         log_guide: log q(h) on the supports, ``(particle, unit)``; ``(particle, 1)`` where it can
             be had in total only.
         masks: the masks of its sites, which the ELBO puts on the model's as well.
-        subsample: the indices its plates took.
         irreproducible: sites whose draws cannot be differentiated in their parameters.
     """
 
@@ -51,7 +52,6 @@ class GuideRun(NamedTuple):
     random: tuple[str, ...]
     log_guide: Tensor
     masks: dict[str, Mask]
-    subsample: dict[str, Tensor]
     irreproducible: tuple[str, ...]
 
 
@@ -96,9 +96,8 @@ def run_guide(
         seen["random"] = tuple(site["name"] for site in random)
         seen["irreproducible"] = tuple(s["name"] for s in random if not s["fn"].has_rsample)
         seen["masks"] = {site["name"]: masked_where(site) for site in sites}
-        seen["subsample"] = {name: s["value"] for name, s in subsample_sites(trace).items()}
         found = {site["name"]: site["value"] for site in sites}
-        factors = [(site, log_prob_at(site, masked_where(site))) for site in sites]
+        factors = [(site, own_log_prob(site)) for site in sites]
         log_guide = _sum_factors(factors, layout, count, _num_units(trace, layout))
         if count is None:
             return structure.pad(found), log_guide[0]
@@ -157,21 +156,18 @@ def run_model(
         )
         num_units = _num_units(trace, layout)
         latents = latent_sites(trace)
+        _check_known(latents, structure)
         seen["scale"] = site_scale(latents[0]) if latents else 1.0
         prior = [_with_jacobian(site, masks.get(site["name"]), substitute) for site in latents]
         likelihood = [
-            (site, log_prob_at(site, site["mask"]))
+            (site, own_log_prob(site))
             for site in observed_sites(trace)
             if site["name"] not in structure.declared
         ]
         total = _Total(trace, layout, count, num_units, bool(summed))
         log_prior, log_joint = total.both(prior, likelihood)
         log_joint = log_joint + _declared_share(trace, structure, count, num_units * seen["scale"])
-        volumes = [
-            (trace.nodes[name], volume)
-            for name, volume in substitute.log_abs_det.items()
-            if name not in substitute.given
-        ]
+        volumes = _recorded_volumes(trace, substitute, layout, count)
         drawn = {s["name"]: s["value"] for s in latents if s["name"] not in summed}
         result = (
             log_prior,
@@ -184,6 +180,35 @@ def run_model(
 
     given = {"values": dict(values or {}), "unconstrained": dict(unconstrained or {})}
     return ModelRun(*structure.model_runs(run, given, num_particles), **seen)
+
+
+def _recorded_volumes(
+    trace: Trace, substitute: UnconstrainedSites, layout: UnitLayout, count: int | None
+) -> list[Factor]:
+    """Log Jacobians of the latents whose unconstrained values were recorded."""
+    volumes = []
+    for name, volume in substitute.log_abs_det.items():
+        if name in substitute.given:
+            continue
+        if volume.dim() > layout.max_plate_nesting + (count is not None):
+            raise InputError(
+                f"the support of {name!r} depends on a discrete latent that is summed out, so that "
+                "a draw has no one place on the unconstrained scale; give the discrete latent a "
+                "site in the guide, or leave the guide out"
+            )
+        volumes.append((trace.nodes[name], volume))
+    return volumes
+
+
+def _check_known(latents: list[Site], structure: Structure) -> None:
+    known = {*structure.continuous, *structure.discrete}
+    found = {site["name"] for site in latents}
+    if found != known:
+        raise InputError(
+            f"the model has the latents {sorted(found)} in this call and had {sorted(known)} in an "
+            "earlier one of the same kind; make what decides about them an argument that is there "
+            "or None, or a number"
+        )
 
 
 def _one(
@@ -238,7 +263,7 @@ def _declared_share(
         return 0.0
     layout = structure.as_joint().layout
     factors = [
-        (site, log_prob_at(site, site["mask"]))
+        (site, own_log_prob(site))
         for site in observed_sites(trace)
         if site["name"] in structure.declared
     ]

@@ -6,17 +6,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions import Unit
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch, Data, as_batches
 from pyro_vharm.model.inspection import run_plainly
-from pyro_vharm.model.sites import Site, is_improper, latent_sites, observed_sites, sample_sites
+from pyro_vharm.model.sites import (
+    Site,
+    is_improper,
+    latent_sites,
+    observed_sites,
+    own_log_prob,
+    sample_sites,
+)
 from pyro_vharm.model.state import untouched
-from pyro_vharm.model.tracing import PyroFunction, trace_call
+from pyro_vharm.model.tracing import FixedSites, PyroFunction, trace_call
 from pyro_vharm.model.units import site_scale
 
 __all__ = ["Simulation", "simulate", "simulate_batch"]
@@ -103,7 +112,30 @@ def simulate_batch(
         _replaced(content, drawn) if rebuild is None else _rebuilt(rebuild, batch, observed)
     )
     simulation = Simulation(kwargs if kwargs and not args else args, observed, latents)
-    return replace(batch, args=tuple(args), kwargs=kwargs), simulation
+    simulated = replace(batch, args=tuple(args), kwargs=kwargs)
+    _check_same_densities(model, simulated, trace, latents)
+    return simulated, simulation
+
+
+def _check_same_densities(
+    model: PyroFunction, simulated: Batch, drawn: Trace, latents: Mapping[str, Tensor]
+) -> None:
+    """Refuse a model that looks at its data elsewhere than where it observes them."""
+    again = trace_call(model, simulated, FixedSites(latents))
+    changed = [
+        site["name"]
+        for site in [*latent_sites(again), *observed_sites(again)]
+        if not torch.allclose(
+            own_log_prob(site), own_log_prob(drawn.nodes[site["name"]]), equal_nan=True
+        )
+    ]
+    if changed:
+        raise InputError(
+            f"the densities of {changed} change with the data that are put into the call, so the "
+            "model looks at its data elsewhere than where it observes them (a lag, a mean, a "
+            "covariate): draw from it step by step yourself, or pass what it looks at as an "
+            "argument of its own"
+        )
 
 
 def _check_can_be_drawn(site: Site) -> None:

@@ -19,12 +19,14 @@ __all__ = [
     "fixed_sites",
     "is_discrete",
     "is_improper",
+    "is_masked_in_part",
     "is_periodic",
     "is_point_mass",
     "latent_sites",
     "log_prob_at",
     "masked_where",
     "observed_sites",
+    "own_log_prob",
     "sample_sites",
     "subsample_sites",
     "unconstrained_shape",
@@ -68,30 +70,61 @@ def subsample_sites(trace: Trace) -> dict[str, Site]:
     }
 
 
-def log_prob_at(site: Site, mask: Mask) -> Tensor:
-    """The site's log density under a mask, without the scale of subsampling or ``poutine.scale``.
+def own_log_prob(site: Site) -> Tensor:
+    """The site's log density under its own masks, without the scale of subsampling."""
+    return _masked(site["fn"].log_prob(site["value"]), site["mask"])
 
-    Args:
-        site: a sample site.
-        mask: what takes the place of the site's own mask, in its log density and around it.
-    """
-    fn = _without_mask(site["fn"]) if mask is not site["mask"] else site["fn"]
-    masked: Tensor = scale_and_mask(fn.log_prob(site["value"]), 1.0, mask)
+
+def log_prob_at(site: Site, mask: Mask) -> Tensor:
+    """The site's log density under another mask in place of its own ones."""
+    return _masked(_split(site["fn"])[0].log_prob(site["value"]), mask)
+
+
+def _masked(log_prob: Tensor, mask: Mask) -> Tensor:
+    masked: Tensor = scale_and_mask(log_prob, 1.0, mask)
     return masked
 
 
 def masked_where(site: Site) -> Mask:
-    """The mask around a site and on its distribution; ``None`` where there is none."""
-    own = site["fn"]._mask if isinstance(site["fn"], dist.MaskedDistribution) else None
-    around: Mask = site["mask"]
+    """The mask around a site and on its distribution, over batch dims; ``None`` without one."""
+    own, around = _split(site["fn"])[1], site["mask"]
     if own is None or around is None:
         return around if own is None else own
     both: Mask = own & around
     return both
 
 
-def _without_mask(fn: Any) -> Any:
-    return fn.base_dist if isinstance(fn, dist.MaskedDistribution) else fn
+def is_masked_in_part(site: Site) -> bool:
+    """Whether a mask on the distribution keeps some elements of an event and drops others."""
+    return _splits_events(site["fn"])
+
+
+def _split(fn: Any) -> tuple[Any, Mask]:
+    """A distribution without the mask on it, and that mask over its batch dims."""
+    if isinstance(fn, dist.MaskedDistribution):
+        inner, mask = _split(fn.base_dist)
+        return inner, fn._mask if mask is None else fn._mask & mask
+    if isinstance(fn, torch.distributions.Independent):
+        inner, mask = _split(fn.base_dist)
+        if inner is fn.base_dist:
+            return fn, None
+        count = fn.reinterpreted_batch_ndims
+        if isinstance(mask, Tensor):
+            mask = mask.expand(inner.batch_shape).flatten(-count)[..., 0]
+        return dist.Independent(inner, count), mask
+    return fn, None
+
+
+def _splits_events(fn: Any) -> bool:
+    if isinstance(fn, dist.MaskedDistribution):
+        return _splits_events(fn.base_dist)
+    if not isinstance(fn, torch.distributions.Independent):
+        return False
+    inner, mask = _split(fn.base_dist)
+    if not isinstance(mask, Tensor):
+        return _splits_events(fn.base_dist)
+    whole = mask.expand(inner.batch_shape).flatten(-fn.reinterpreted_batch_ndims)
+    return bool((whole.any(-1) != whole.all(-1)).any())
 
 
 def is_discrete(site: Site) -> bool:

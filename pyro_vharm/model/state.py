@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +50,16 @@ def untouched(seed: int, *functions: Callable[..., Any] | None) -> Iterator[None
             np.random.set_state(numpy_state)
             with torch.no_grad():
                 for leaf, value, gradient in zip(leaves, values, gradients, strict=True):
-                    leaf.copy_(value)
+                    _put_back(leaf, value)
                     leaf.grad = gradient
             for module in modules:
                 module.restore()
+
+
+def _put_back(tensor: Tensor, value: Tensor) -> None:
+    """Copy only where something changed: graphs that the user holds stay valid otherwise."""
+    if not torch.equal(tensor, value):
+        tensor.copy_(value)
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,7 @@ class _KeptModule:
             own[name].update(content)
         with torch.no_grad():
             for tensor, value, gradient in self.values:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+                _put_back(tensor, value)
                 tensor.grad = gradient
 
 
@@ -92,10 +96,11 @@ def _kept_module(module: nn.Module) -> _KeptModule:
 
 
 def _modules(functions: Iterable[Any]) -> list[nn.Module]:
-    """Every module that callables are, are bound to, or close over."""
+    """Every module that callables are, are bound to, or close over, also inside containers."""
     found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
     for function in functions:
-        for root in _reachable(function, depth=4):
+        for root in _reachable(function, 5, seen):
             found.update({id(module): module for module in root.modules()})
     return list(found.values())
 
@@ -107,25 +112,29 @@ def _contents(cell: Any) -> list[Any]:
         return []
 
 
-def _reachable(value: Any, depth: int) -> Iterator[nn.Module]:
+def _reachable(value: Any, depth: int, seen: set[int]) -> Iterator[nn.Module]:
     if isinstance(value, nn.Module):
         yield value
-        return
-    if depth == 0 or not callable(value):
-        return
-    if isinstance(value, functools.partial):
-        inner = [value.func, *value.args, *value.keywords.values()]
-    elif inspect.ismethod(value):
-        inner = [value.__self__, value.__func__]
-    elif inspect.isfunction(value):
+    elif depth > 0 and id(value) not in seen:
+        seen.add(id(value))
+        for part in _parts(value):
+            yield from _reachable(part, depth - 1, seen)
+
+
+def _parts(value: Any) -> list[Any]:
+    """What a callable or container holds that may run, or hold, a module."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set):
+        return list(value)
+    if inspect.ismethod(value):
+        return [value.__self__, *getattr(value.__self__, "__dict__", {}).values(), value.__func__]
+    if inspect.isfunction(value):
         known = value.__globals__
-        inner = [known[name] for name in value.__code__.co_names if name in known]
-        inner += [content for cell in value.__closure__ or () for content in _contents(cell)]
-    elif hasattr(value, "func"):  # what a Pyro handler makes of a function
-        inner = [value.func]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    else:
-        return
-    for part in inner:
-        yield from _reachable(part, depth - 1)
+        held = [known[name] for name in value.__code__.co_names if name in known]
+        return held + [content for cell in value.__closure__ or () for content in _contents(cell)]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if callable(value) and not isinstance(value, type):
+        return list(getattr(value, "__dict__", {}).values())
+    return []

@@ -50,6 +50,7 @@ class Structure:
         guide_density: in what form log q can be had; per unit where there is no guide.
         model_runs: how the model is run for many particles.
         guide_runs: how the guide is.
+        subsampled: plates that subsample at random.
         declared: sites that count as parameters θ.
         declared_units: among how many units the log prior of those is shared out; ``None``: among
             all that the unit plate stands for.
@@ -63,6 +64,7 @@ class Structure:
     guide_density: GuideDensity
     model_runs: Vectorisation = by_loop
     guide_runs: Vectorisation = by_loop
+    subsampled: frozenset[str] = frozenset()
     declared: frozenset[str] = frozenset()
     declared_units: float | None = None
 

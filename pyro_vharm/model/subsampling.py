@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.inspection import PlainRuns
-from pyro_vharm.model.sites import latent_sites, log_prob_at, sample_sites, subsample_sites
+from pyro_vharm.model.sites import latent_sites, subsample_sites
 from pyro_vharm.model.tracing import FixedSites, PyroFunction, trace_call
 
 __all__ = ["whole_batches"]
+
+_SIZES = ("__len__", "size", "dim", "__get__", "numel")
 
 
 def whole_batches(
@@ -46,59 +50,50 @@ def whole_batches(
     if not found:
         return [batch]
     firsts = {name: torch.arange(len(site["value"])) for name, site in found.items()}
-    lasts = {
-        name: torch.arange(site["fn"].size - len(site["value"]), site["fn"].size)
-        for name, site in found.items()
-    }
-    used = [
-        name
-        for name in found
-        if _differs(model, batch, runs.model, firsts, {**firsts, name: lasts[name]})
-        or (
-            runs.guide is not None
-            and guide is not None
-            and _differs(guide, batch, runs.guide, firsts, {**firsts, name: lasts[name]})
-        )
-    ]
-    if not used:
-        return [replace(batch, subsample={**firsts, **batch.subsample})]
-    if used != [unit_plate]:
+    held = replace(batch, subsample={**firsts, **batch.subsample})
+    watch = _Watch(held.subsample)
+    with watch:
+        for function, trace in ((model, runs.model), (guide, runs.guide)):
+            if function is not None and trace is not None:
+                values = {site["name"]: site["value"] for site in latent_sites(trace)}
+                trace_call(function, held, FixedSites(values))
+    if not watch.used:
+        return [held]
+    if watch.used != {unit_plate}:
         raise InputError(
-            f"the plates {sorted(set(used) - {unit_plate})} pick elements at random "
+            f"the plates {sorted(watch.used - {unit_plate})} pick elements at random "
             "(subsample_size) and are not the plate of the units, so evidence needs all of their "
             "elements; leave subsample_size out of them"
         )
-    site = found[used[0]]
-    parts = torch.arange(site["fn"].size).split(len(site["value"]))
-    return [_filled(batch, firsts, used[0], part, len(site["value"])) for part in parts]
+    (name,) = watch.used
+    size = len(found[name]["value"])
+    parts = torch.arange(found[name]["fn"].size).split(size)
+    return [_filled(held, name, part, size) for part in parts]
 
 
-def _filled(
-    batch: Batch, others: Mapping[str, Tensor], plate: str, part: Tensor, size: int
-) -> Batch:
+def _filled(batch: Batch, plate: str, part: Tensor, size: int) -> Batch:
     padded = size - len(part)
     indices = torch.cat([part, part[:1].expand(padded)])
-    subsample = {**others, **batch.subsample, plate: indices}
-    return replace(batch, subsample=subsample, num_padded=padded)
+    return replace(batch, subsample={**batch.subsample, plate: indices}, num_padded=padded)
 
 
-def _differs(
-    function: PyroFunction,
-    batch: Batch,
-    trace: Trace,
-    first: Mapping[str, Tensor],
-    second: Mapping[str, Tensor],
-) -> bool:
-    """Whether other indices give other densities at the same latents."""
-    values = {site["name"]: site["value"] for site in latent_sites(trace)}
-    one, two = (
-        trace_call(function, replace(batch, subsample=indices), FixedSites(values))
-        for indices in (first, second)
-    )
-    return any(
-        not torch.equal(
-            log_prob_at(site, site["mask"]),
-            log_prob_at(two.nodes[site["name"]], two.nodes[site["name"]]["mask"]),
-        )
-        for site in sample_sites(one)
-    )
+class _Watch(TorchFunctionMode):
+    """Notes which plates' indices an operation takes, other than to ask for their number."""
+
+    def __init__(self, indices: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.indices = {id(value): name for name, value in indices.items()}
+        self.used: set[str] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation, and note the indices among its arguments."""
+        given = pytree.tree_leaves((args, dict(kwargs or {})))
+        if getattr(func, "__name__", "") not in _SIZES:
+            self.used.update(self.indices[id(x)] for x in given if id(x) in self.indices)
+        return func(*args, **(kwargs or {}))

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
@@ -51,8 +52,9 @@ class UnconstrainedSites(Messenger):  # type: ignore[misc]
         name = msg["name"]
         if name in self.given:
             transform = biject_to(msg["fn"].support)
-            value = transform(self.given[name])
-            self._record(name, transform, self.given[name], value)
+            given = _over_batch(self.given[name], msg["fn"], transform)
+            value = transform(given)
+            self._record(name, transform, given, value)
             msg["value"], msg["done"] = value, True
 
     def _pyro_post_sample(self, msg: Site) -> None:
@@ -64,6 +66,14 @@ class UnconstrainedSites(Messenger):  # type: ignore[misc]
     def _record(self, name: str, transform: Any, unconstrained: Tensor, value: Tensor) -> None:
         self.values[name] = unconstrained
         self.log_abs_det[name] = transform.log_abs_det_jacobian(unconstrained, value)
+
+
+def _over_batch(given: Tensor, fn: Any, transform: Any) -> Tensor:
+    """Expand over the distribution's batch dims: a support may depend on an enumerated parent."""
+    event_dim = fn.event_dim + transform.domain.event_dim - transform.codomain.event_dim
+    batch_shape = given.shape[: given.dim() - event_dim]
+    full = torch.broadcast_shapes(batch_shape, fn.batch_shape)
+    return given.expand(full + given.shape[given.dim() - event_dim :])
 
 
 class FixedSites(Messenger):  # type: ignore[misc]
@@ -90,6 +100,17 @@ class ParallelSites(Messenger):  # type: ignore[misc]
         msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
         if msg["name"] in self.names:
             msg["infer"]["enumerate"] = "parallel"
+
+
+class _Enumeration(EnumMessenger):  # type: ignore[misc]
+    """Pyro's own, which looks at shapes in a way that `torch.vmap` forbids."""
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        value = msg["value"]
+        if value is not None:
+            msg["value"] = torch.empty(value.shape, device="meta")
+        super()._pyro_post_sample(msg)
+        msg["value"] = value
 
 
 class _UnvalidatedSites(Messenger):  # type: ignore[misc]
@@ -144,7 +165,7 @@ def trace_call(
         for messenger in messengers:
             stack.enter_context(messenger)
         if summed:  # inside of what fixes values, so that it keeps track of their dims
-            stack.enter_context(EnumMessenger(first_free_dim))
+            stack.enter_context(_Enumeration(first_free_dim))
             stack.enter_context(ParallelSites(summed))
         stack.enter_context(_UnvalidatedSites())
         if particles is not None:

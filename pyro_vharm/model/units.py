@@ -120,6 +120,7 @@ def unit_layout(
     observed: Sequence[Site],
     guide_sites: Sequence[Site],
     unit_plate: str | None,
+    declared: Sequence[Site] = (),
 ) -> UnitLayout:
     """Read the layout off one trace of the model and one of the guide.
 
@@ -128,13 +129,14 @@ def unit_layout(
         observed: the model's observed sites.
         guide_sites: the guide's sample sites; empty without a guide.
         unit_plate: the plate that the user names; found by `find_unit_plate` if ``None``.
+        declared: sites that count as parameters: their plates only take up dims.
 
     Raises:
         InputError: if a site of the model lies outside the unit plate, or parts of the model are
             scaled differently.
     """
     sites = [*latents, *observed, *guide_sites]
-    nesting = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
+    nesting = [-f.dim for s in (*sites, *declared) for f in s["cond_indep_stack"] if f.vectorized]
     plate = find_unit_plate(latents, observed) if unit_plate is None else unit_plate
     dim = None if plate is None else _unit_dim(plate, [*latents, *observed], guide_sites)
     inside = [s for s in guide_sites if plate is None or _plate_dim(s, plate) is not None]
@@ -166,8 +168,18 @@ def _plate_dim(site: Site, plate: str) -> int | None:
 
 
 def site_scale(site: Site) -> float:
-    """The factor on a site's log density from subsampling or ``poutine.scale``."""
-    return float(torch.as_tensor(site["scale"]).max())
+    """The factor on a site's log density from subsampling or ``poutine.scale``.
+
+    Raises:
+        InputError: if it differs between elements.
+    """
+    scale = torch.as_tensor(site["scale"])
+    if bool(scale.min() != scale.max()):
+        raise InputError(
+            f"the site {site['name']!r} is scaled by another factor at each element (poutine.scale "
+            "with a tensor), which changes what is learned; use one number, or mask elements"
+        )
+    return float(scale.max())
 
 
 def _check_scale(sites: Sequence[Site], plate: str | None) -> None:
@@ -181,6 +193,6 @@ def _check_scale(sites: Sequence[Site], plate: str | None) -> None:
     scale = next(iter(scales.values()))
     if plate is None and scale != 1.0:
         raise InputError(
-            f"the data are one joint unit but scaled by {scale}, so a subsample is passed; one "
-            "joint unit needs all its data in one call"
+            f"the data are one joint unit but scaled by {scale:g}, by a plate that subsamples or "
+            "by poutine.scale; one joint unit needs all its data in one call, and no scale"
         )

@@ -17,6 +17,7 @@ from pyro_vharm.model.sites import (
     Site,
     is_discrete,
     is_improper,
+    is_masked_in_part,
     is_periodic,
     is_point_mass,
     masked_where,
@@ -91,8 +92,9 @@ def check_latents(latents: Sequence[Site], guided: Collection[str]) -> None:
         if is_discrete(site) and not _can_be_enumerated(site):
             raise InputError(
                 f"the latent {name!r} ({kind}) is discrete and cannot be enumerated, so it cannot "
-                "be summed out; sum it out in the model, or bound its support (Binomial and "
-                "Categorical can be enumerated, Poisson and Geometric cannot)"
+                "be summed out: its support is unbounded (Poisson, Geometric), differs between "
+                "elements (Binomial with several counts), or has several elements in one event "
+                "(put them in a plate in place of to_event)"
             )
         if is_periodic(site):
             raise InputError(
@@ -147,7 +149,14 @@ def check_sites_match(latents: Sequence[Site], guide_latents: Sequence[Site]) ->
 
 
 def check_masks(latents: Sequence[Site], guide_latents: Sequence[Site]) -> None:
-    """Refuse a guide that masks out an element of a latent that the model keeps."""
+    """Refuse masks on parts of events, and a guide that masks out what the model keeps."""
+    for site in (*latents, *guide_latents):
+        if is_masked_in_part(site):
+            raise InputError(
+                f"the mask on the distribution of {site['name']!r} keeps some elements of an event "
+                "and drops others, so what is left is no site of its own; put these elements in a "
+                "plate in place of to_event, or mask whole events"
+            )
     model = {site["name"]: masked_where(site) for site in latents}
     for site in guide_latents:
         mask, name = masked_where(site), site["name"]
@@ -183,6 +192,14 @@ def check_density(
         raise InputError(
             f"the guide has observed sites or factors {extra}, so log q is not a density of the "
             "latents alone; remove them"
+        )
+    names = {site["name"] for site in latents}
+    extra = [s["name"] for s in proposed if is_discrete(s) and s["name"] not in names]
+    if extra:
+        raise InputError(
+            f"the guide draws the discrete auxiliary variables {extra}, so log q is not a density "
+            "of the latents alone and log p − log q has no bound on the evidence as its mean; use "
+            "a mixture distribution (MixtureSameFamily) in their place"
         )
     wanted = {site["name"]: _num_dims(site) for site in latents if not is_discrete(site)}
     drawn = sum(

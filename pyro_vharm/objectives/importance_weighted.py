@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch, with_subsample
 from pyro_vharm.model.parameters import check_disjoint
 from pyro_vharm.model.problem import capture_pair, objective_structure
 from pyro_vharm.model.runs import GuideRun, ModelRun, run_guide, run_model
+from pyro_vharm.model.sites import subsample_sites
 from pyro_vharm.model.structure import Structure
-from pyro_vharm.model.tracing import PyroFunction
+from pyro_vharm.model.tracing import PyroFunction, trace_call
 
 __all__ = ["ImportanceWeightedELBO", "UnitBound", "importance_weighted_bound"]
 
@@ -65,6 +67,7 @@ def importance_weighted_bound(
     count = num_particles * num_replicates
     structure = structure if structure.per_unit else structure.as_joint()
     layout, dims = structure.layout, structure.dims
+    batch = _hold_indices(model, guide, batch, structure)
     drawn = run_guide(guide, batch, structure, count)
     if drawn.irreproducible:
         raise InputError(
@@ -72,7 +75,6 @@ def importance_weighted_bound(
             "gradient for the guide needs; leave discrete latents out of the guide, so that they "
             "are summed out"
         )
-    batch = with_subsample(batch, drawn.subsample)
     latents = {name: value.view_as(value) for name, value in drawn.values.items()}
     at = _model_at(model, batch, structure, count, drawn._replace(values=latents))
     values, weights = _bound_and_weights(at.log_joint, drawn.log_guide, num_particles)
@@ -96,6 +98,19 @@ def importance_weighted_bound(
         squared = layout.over_site(weights, dims[name].event_dim) * gradient
         surrogate = surrogate - (squared * drawn.values[name]).sum()
     return UnitBound(values, surrogate, at.scale)
+
+
+def _hold_indices(
+    model: PyroFunction, guide: PyroFunction, batch: Batch, structure: Structure
+) -> Batch:
+    """Draw the indices of plates that subsample once, for all runs of guide and model."""
+    if structure.subsampled <= batch.subsample.keys():
+        return batch
+    with torch.no_grad():
+        for function in (guide, model):
+            found = subsample_sites(trace_call(function, batch))
+            batch = with_subsample(batch, {name: site["value"] for name, site in found.items()})
+    return batch
 
 
 def _model_at(
@@ -169,7 +184,7 @@ class ImportanceWeightedELBO(ELBO):  # type: ignore[misc]
         super().__init__(num_particles=num_particles)
         self.num_replicates = num_replicates
         self.unit_plate = unit_plate
-        self._structure: Structure | None = None
+        self._structures: dict[Hashable, Structure] = {}
 
     def differentiable_loss(
         self, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any
@@ -190,8 +205,9 @@ class ImportanceWeightedELBO(ELBO):  # type: ignore[misc]
         structure = structure if structure.per_unit else structure.as_joint()
         with torch.no_grad():
             count = self.num_particles * self.num_replicates
+            batch = _hold_indices(model, guide, batch, structure)
             drawn = run_guide(guide, batch, structure, count)
-            at = _model_at(model, with_subsample(batch, drawn.subsample), structure, count, drawn)
+            at = _model_at(model, batch, structure, count, drawn)
             values, _ = _bound_and_weights(at.log_joint, drawn.log_guide, self.num_particles)
         return -at.scale * float(values.sum())
 
@@ -204,10 +220,19 @@ class ImportanceWeightedELBO(ELBO):  # type: ignore[misc]
         return float(loss.detach())
 
     def _find_structure(self, model: PyroFunction, guide: PyroFunction, batch: Batch) -> Structure:
-        if self._structure is None:
-            self._structure = objective_structure(model, guide, batch, self.unit_plate)
+        kinds = tuple(_kind(leaf) for leaf in pytree.tree_leaves((batch.args, dict(batch.kwargs))))
+        key = id(model), id(guide), kinds
+        if key not in self._structures:
+            self._structures[key] = objective_structure(model, guide, batch, self.unit_plate)
             check_disjoint(*capture_pair(model, guide, batch))
-        return self._structure
+        return self._structures[key]
 
     def _get_trace(self, *_: Any) -> Any:
         raise TypeError("this objective runs model and guide for all particles at once")
+
+
+def _kind(argument: Any) -> Hashable:
+    """What an argument may decide about the sites of a model: whether it is there, its dims."""
+    if isinstance(argument, Tensor):
+        return argument.dim(), argument.dtype
+    return argument if isinstance(argument, int | str) else type(argument).__qualname__
