@@ -52,7 +52,7 @@ def audit(
     random state are left as they were, also when interrupted.
 
     Args:
-        model: a Pyro model with continuous latents, in a plate of independent units or as one
+        model: a Pyro model, its latents in a plate of independent units or as one
             joint unit, holding the learned parameters.
         guide: its trained guide, with reparameterised sites.
         data: the training data: positional arguments as a tuple, keyword arguments as a Mapping,

@@ -11,8 +11,9 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_vharm import ImportanceWeightedELBO, InputError
 from pyro_vharm.model.data import Batch
+from pyro_vharm.model.guide_runs import run_guide
+from pyro_vharm.model.model_runs import run_model
 from pyro_vharm.model.problem import prepare
-from pyro_vharm.model.runs import run_guide, run_model
 from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
 from tests.statistics import Z, assert_mean, rejects
 from tests.zoo import BASICS, linear_gaussian, normal_model, two_modes

@@ -96,7 +96,7 @@ def inference_gap(
     first is an upper bound and the second a lower one, up to Monte Carlo error.
 
     Args:
-        model: a trained Pyro model with continuous latents.
+        model: a trained Pyro model; discrete latents without a guide site are summed out.
         guide: its trained guide.
         data: positional arguments as a tuple, keyword arguments as a Mapping, or an iterable of
             batches.

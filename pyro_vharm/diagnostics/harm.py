@@ -25,8 +25,8 @@ from pyro_vharm.learning.reference import (
 from pyro_vharm.learning.refit import Refit, elbo_over_batches
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.guide_runs import run_guide
 from pyro_vharm.model.problem import Problem, prepare
-from pyro_vharm.model.runs import run_guide
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.tables import html_table, nats, text_table

@@ -12,7 +12,8 @@ from torch import Tensor
 from pyro_vharm.errors import InputError, LoopedRunsWarning
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.runs import GuideRun, run_guide, run_model
+from pyro_vharm.model.guide_runs import GuideRun, run_guide
+from pyro_vharm.model.model_runs import run_model
 from pyro_vharm.model.sites import Mask, latent_sites, observed_sites, own_log_prob
 from pyro_vharm.model.structure import Structure
 from pyro_vharm.model.tracing import PyroFunction, UnconstrainedSites, trace_call

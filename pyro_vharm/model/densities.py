@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.model.data import Batch
-from pyro_vharm.model.runs import ModelRun, run_guide, run_model
+from pyro_vharm.model.guide_runs import run_guide
+from pyro_vharm.model.model_runs import ModelRun, run_model
 from pyro_vharm.model.structure import GuideDensity, Structure
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.model.units import UnitLayout

@@ -10,7 +10,8 @@ from torch import Tensor
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.runs import GuideRun, run_guide, run_model
+from pyro_vharm.model.guide_runs import GuideRun, run_guide
+from pyro_vharm.model.model_runs import run_model
 
 __all__ = ["cut_batch"]
 

@@ -20,11 +20,14 @@ from pyro_vharm.model.data import Batch
 from pyro_vharm.model.sites import Site
 
 __all__ = [
+    "PARTICLES",
     "FixedSites",
     "PyroFunction",
     "UnconstrainedSites",
     "trace_call",
 ]
+
+PARTICLES = "_particles"  # the name of the plate of particles
 
 type PyroFunction = Callable[..., Any]
 
@@ -169,6 +172,6 @@ def trace_call(
             stack.enter_context(ParallelSites(summed))
         stack.enter_context(_UnvalidatedSites())
         if particles is not None:
-            stack.enter_context(pyro.plate("_particles", particles[0], dim=particles[1]))
+            stack.enter_context(pyro.plate(PARTICLES, particles[0], dim=particles[1]))
         function(*batch.args, **batch.kwargs)
     return tracer.trace

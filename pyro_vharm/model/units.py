@@ -37,6 +37,10 @@ class UnitLayout:
         """The batch dim for the plate of particles."""
         return -1 - self.max_plate_nesting
 
+    def particle_plate(self, num_particles: int | None) -> tuple[int, int] | None:
+        """Number and batch dim of the plate of particles; ``None`` without one."""
+        return None if num_particles is None else (num_particles, self.particle_dim)
+
     def by_unit(self, log_prob: Tensor, num_particles: int, num_units: int) -> Tensor:
         """Sum a log density over every batch dim but particle and unit.
 

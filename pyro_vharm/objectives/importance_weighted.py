@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch, with_subsample
+from pyro_vharm.model.guide_runs import GuideRun, run_guide
+from pyro_vharm.model.model_runs import ModelRun, run_model
 from pyro_vharm.model.parameters import check_disjoint
 from pyro_vharm.model.problem import capture_pair, objective_structure
-from pyro_vharm.model.runs import GuideRun, ModelRun, run_guide, run_model
 from pyro_vharm.model.sites import subsample_sites
 from pyro_vharm.model.structure import Structure
 from pyro_vharm.model.tracing import PyroFunction, trace_call
