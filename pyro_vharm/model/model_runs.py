@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -96,13 +97,17 @@ def run_model(
             summed=summed,
             first_free_dim=layout.particle_dim - (count is not None),
         )
-        _check_known(latent_sites(trace), structure)
+        latents = latent_sites(trace)
+        _check_known(latents, structure)
         sums = UnitSums(trace, layout, count, count_units(trace, layout))
-        seen["scale"] = _scale(trace)
+        seen["scale"] = site_scale(latents[0]) if latents else 1.0
         share = _declared_share(sums, structure, seen["scale"])
-        log_prior, log_joint = _densities(sums, structure, substitute, masks, bool(summed))
-        volume = sums.product(_recorded_volumes(sums, substitute)).to(log_prior)
-        drawn = {s["name"]: s["value"] for s in latent_sites(trace) if s["name"] not in summed}
+        prior = [_with_jacobian(s, masks.get(s["name"]), substitute) for s in latents]
+        likelihood = _observed(trace, structure, declared=False)
+        log_prior, log_joint = _prior_and_joint(sums, prior, likelihood, bool(summed))
+        volumes = _recorded_volumes(sums, substitute)
+        volume = sums.product(volumes) if volumes else torch.zeros_like(log_prior)
+        drawn = {s["name"]: s["value"] for s in latents if s["name"] not in summed}
         found = substitute.values
         if count is not None:
             return log_prior, log_joint + share, drawn, found, volume
@@ -113,22 +118,17 @@ def run_model(
     return ModelRun(*structure.model_runs(run, given, num_particles), **seen)
 
 
-def _densities(
-    sums: UnitSums,
-    structure: Structure,
-    substitute: UnconstrainedSites,
-    masks: Mapping[str, Mask],
-    enumerated: bool,
+def _prior_and_joint(
+    sums: UnitSums, prior: list[Factor], likelihood: list[Factor], enumerated: bool
 ) -> tuple[Tensor, Tensor]:
     """Log prior and log joint, ``(particle, unit)``."""
-    trace = sums.trace
-    prior = [_with_jacobian(s, masks.get(s["name"]), substitute) for s in latent_sites(trace)]
-    likelihood = _observed(trace, structure, declared=False)
     if enumerated:
-        trace.symbolize_dims()
+        sums.trace.symbolize_dims()
         return sums.summed_out(prior), sums.summed_out([*prior, *likelihood])
     log_prior = sums.product(prior)
-    return log_prior, log_prior + sums.product(likelihood).to(log_prior)
+    if not likelihood:
+        return log_prior, log_prior
+    return log_prior, log_prior + sums.product(likelihood)
 
 
 def _observed(trace: Trace, structure: Structure, *, declared: bool) -> list[Factor]:
@@ -145,11 +145,6 @@ def _with_jacobian(site: Site, mask: Mask, substitute: UnconstrainedSites) -> Fa
     if name in substitute.given:
         log_prob = log_prob + substitute.log_abs_det[name]
     return site, log_prob
-
-
-def _scale(trace: Trace) -> float:
-    latents = latent_sites(trace)
-    return site_scale(latents[0]) if latents else 1.0
 
 
 def _declared_share(sums: UnitSums, structure: Structure, scale: float) -> Tensor | float:

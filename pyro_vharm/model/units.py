@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError, JointUnitWarning
@@ -66,6 +65,8 @@ class UnitLayout:
         full = log_prob.reshape((1,) * missing + log_prob.shape)
         full = self.unit_second(full)
         full = full.expand(num_particles, num_units, *full.shape[2:])
+        if full.dim() == 2:
+            return full
         return full.reshape(num_particles, num_units, -1).sum(-1)
 
     def unit_second(self, value: Tensor, event_dim: int = 0) -> Tensor:
@@ -177,7 +178,9 @@ def site_scale(site: Site) -> float:
     Raises:
         InputError: if it differs between elements.
     """
-    scale = torch.as_tensor(site["scale"])
+    scale = site["scale"]
+    if not isinstance(scale, Tensor):
+        return float(scale)
     if bool(scale.min() != scale.max()):
         raise InputError(
             f"the site {site['name']!r} is scaled by another factor at each element (poutine.scale "
