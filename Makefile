@@ -1,6 +1,6 @@
 # Finds a Python >= 3.12 that runs, makes .venv with everything in it, and runs the project's jobs.
 .DELETE_ON_ERROR:
-.PHONY: demo test slow lint types docs examples clean
+.PHONY: demo test slow bench lint types docs examples clean
 
 VENV := .venv
 RUN := $(VENV)/bin
@@ -14,6 +14,10 @@ test: $(READY)
 
 slow: $(READY)
 	$(RUN)/python -m pytest -m slow
+
+bench: $(READY)
+	$(RUN)/python -m pip install --quiet --editable ".[bench]"
+	$(RUN)/python -m benchmarks.gradients
 
 lint: $(READY)
 	$(RUN)/ruff check .

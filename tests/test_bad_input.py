@@ -97,6 +97,13 @@ def random_subsample(v):
         pyro.sample("v", dist.Normal(h, 1.0), obs=v.reshape(2, 3)[:, index])
 
 
+def mixed_dtypes(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        s = pyro.sample("s", dist.Normal(v.new_zeros((), dtype=torch.float32), 1.0))
+        pyro.sample("v", dist.Normal(h + s, 1.0), obs=v)
+
+
 def functional_dropout(v):
     with pyro.plate("units", len(v)):
         h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
@@ -144,6 +151,7 @@ MODELS = [
     (masked_latent, r"masked-out element of \['h'\] has a say"),
     (scaled_part, "scaled differently"),
     (random_subsample, r"plates \['rows'\] pick elements at random"),
+    (mixed_dtypes, "the latents differ in dtype or device.*'s'.*float32"),
     (functional_dropout, "differs between two calls at the same latents"),
     (coupled, "are not independent units"),
     (nowhere_finite, r"not finite .* \['wall'\]"),

@@ -80,13 +80,14 @@ def inspect_pair(
     batch: Batch,
     unit_plate: str | None,
     declared: Collection[str] = (),
-) -> tuple[Structure, Trace]:
-    """The structure of a model and guide on one batch, and the model's trace.
+) -> tuple[Structure, PlainRuns]:
+    """The structure of a model and guide on one batch, and the runs it was read from.
 
     Raises:
         InputError: if a site is of a kind that is not supported, or they do not fit together.
     """
-    trace, guide_trace = run_plainly(model, guide, batch)
+    runs = run_plainly(model, guide, batch)
+    trace, guide_trace = runs.model, runs.guide
     latents = latent_sites(trace)
     observed = [site for site in observed_sites(trace) if site["name"] not in declared]
     points = [site for site in observed_sites(trace) if site["name"] in declared]
@@ -117,7 +118,7 @@ def inspect_pair(
         subsampled=frozenset(subsample_sites(trace)),
         declared=frozenset(declared),
     )
-    return structure, trace
+    return structure, runs
 
 
 def _in_plate(sites: Sequence[Site], layout: UnitLayout) -> bool:

@@ -15,7 +15,7 @@ from pyro_vharm.model.checks import check_densities
 from pyro_vharm.model.data import Batch, Data, as_batches
 from pyro_vharm.model.declared import DeclaredModel, declare
 from pyro_vharm.model.densities import LatentSite, UnitDensities
-from pyro_vharm.model.inspection import inspect_pair, run_plainly
+from pyro_vharm.model.inspection import inspect_pair
 from pyro_vharm.model.parameters import Parameters, capture_parameters, check_disjoint
 from pyro_vharm.model.sites import latent_sites, masked_where, unconstrained_shape
 from pyro_vharm.model.structure import GuideDensity, Structure
@@ -94,11 +94,10 @@ def prepare(
     batches = as_batches(data, name)
     model, guide = declare(model, guide, parameters, batches[0])
     declared = model.names if isinstance(model, DeclaredModel) else ()
-    densities = [
-        part
-        for batch in batches
-        for part in _batch_densities(model, guide, batch, unit_plate, declared)
-    ]
+    densities: list[UnitDensities] = []
+    for batch in batches:
+        checked = densities[0].structure if densities else None
+        densities += _batch_densities(model, guide, batch, unit_plate, declared, checked)
     densities = _share_prior(densities, math.inf if heldout else None) if declared else densities
     first = densities[0].structure
     if first.layout.plate is None and len(batches) > 1:
@@ -129,23 +128,31 @@ def _batch_densities(
     batch: Batch,
     unit_plate: str | None,
     declared: Sequence[str] = (),
+    checked: Structure | None = None,
 ) -> list[UnitDensities]:
-    structure, _ = inspect_pair(model, guide, batch, unit_plate, declared)
+    """The densities of one batch: several where a plate inside the model subsamples it."""
+    structure, runs = inspect_pair(model, guide, batch, unit_plate, declared)
     with reporting("model or guide"):
-        parts = whole_batches(
-            model, guide, batch, run_plainly(model, guide, batch), structure.layout.plate
-        )
-    return [_densities(model, guide, part, unit_plate, declared) for part in parts]
+        parts = whole_batches(model, guide, batch, runs, structure.layout.plate)
+    densities: list[UnitDensities] = []
+    for part in parts:
+        if len(parts) > 1:
+            structure, runs = inspect_pair(model, guide, part, unit_plate, declared)
+        made = _densities(model, guide, part, structure, runs.model)
+        masks = {site["name"]: masked_where(site) for site in latent_sites(runs.model)}
+        with torch.no_grad(), reporting("model or guide"):
+            densities.append(check_densities(made, masks, checked))
+        checked = densities[0].structure
+    return densities
 
 
 def _densities(
     model: PyroFunction,
     guide: PyroFunction | None,
     batch: Batch,
-    unit_plate: str | None,
-    declared: Sequence[str],
+    structure: Structure,
+    trace: Trace,
 ) -> UnitDensities:
-    structure, trace = inspect_pair(model, guide, batch, unit_plate, declared)
     latents = latent_sites(trace)
     check_same_kind(latents)
     if structure.guide_density is GuideDensity.TOTAL and site_scale(latents[0]) != 1.0:
@@ -154,7 +161,7 @@ def _densities(
             "but the plate is subsampled; pass all data in one call, with a plate of their number"
         )
     dtype, device = _kind(trace, structure)
-    densities = UnitDensities(
+    return UnitDensities(
         model=model,
         guide=guide,
         batch=batch,
@@ -164,9 +171,6 @@ def _densities(
         dtype=dtype,
         device=device,
     )
-    masks = {site["name"]: masked_where(site) for site in latents}
-    with torch.no_grad(), reporting("model or guide"):
-        return check_densities(densities, masks)
 
 
 def _packing(trace: Trace, structure: Structure) -> tuple[LatentSite, ...]:

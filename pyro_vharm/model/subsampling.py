@@ -49,7 +49,10 @@ def whole_batches(
     found = subsample_sites(runs.model)
     if not found:
         return [batch]
-    firsts = {name: torch.arange(len(site["value"])) for name, site in found.items()}
+    firsts = {
+        name: torch.arange(len(site["value"]), device=site["value"].device)
+        for name, site in found.items()
+    }
     held = replace(batch, subsample={**firsts, **batch.subsample})
     watch = _Watch(held.subsample)
     with watch:
@@ -67,7 +70,8 @@ def whole_batches(
         )
     (name,) = watch.used
     size = len(found[name]["value"])
-    parts = torch.arange(found[name]["fn"].size).split(size)
+    every = torch.arange(found[name]["fn"].size, device=found[name]["value"].device)
+    parts = every.split(size)
     return [_filled(held, name, part, size) for part in parts]
 
 

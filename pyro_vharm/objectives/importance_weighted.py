@@ -135,7 +135,7 @@ def _scaled_by(factor: Tensor) -> Callable[[Tensor], Tensor]:
 def _bound_and_weights(
     log_joint: Tensor, log_guide: Tensor, num_particles: int
 ) -> tuple[Tensor, Tensor]:
-    log_weights = (log_joint - log_guide).detach()
+    log_weights = (log_joint - log_guide.to(log_joint.device)).detach()
     grouped = log_weights.reshape(-1, num_particles, log_weights.shape[1])
     values = (torch.logsumexp(grouped, 1) - math.log(num_particles)).mean(0)
     return values, torch.softmax(grouped, 1).reshape(log_weights.shape)
