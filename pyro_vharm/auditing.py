@@ -69,7 +69,8 @@ def audit(
             as θ: log evidence then includes their log prior.
         material: the least total harm in nats that is called harm; see `material_harm` for what
             is taken if left out.
-        seed: of all random numbers used: the same seed gives the same audit.
+        seed: of all random numbers used: the same seed gives the same audit, up to rounding where
+            much work is compiled.
         progress: show bars on long work.
 
     Returns:

@@ -65,12 +65,12 @@ def ready(make_guide, case, hide=()):
     return guide
 
 
-def assert_pyros_elbo(case, guide, kind=Trace_ELBO, scale=1.0):
+def assert_pyros_elbo(case, guide, kind=Trace_ELBO):
     problem = prepare(case.model, guide, case.data)
     ours = elbo_over_batches(problem, 1000).total()
     assert ours.num_units == problem.num_units
     pyros = kind(max_plate_nesting=problem.layout.max_plate_nesting)
-    losses = [pyros.loss(case.model, guide, *case.data) / scale for _ in range(200)]
+    losses = [pyros.loss(case.model, guide, *case.data) for _ in range(200)]
     theirs = -torch.tensor(losses, dtype=torch.float64)
     error = torch.hypot(theirs.std() / len(theirs) ** 0.5, torch.tensor(ours.mc_error))
     assert float((theirs.mean() - ours.value).abs()) < Z * float(error) + 1e-9 * abs(ours.value)
@@ -270,14 +270,20 @@ def test_every_autoguide_on_every_model(make, make_guide):
         pytest.skip(f"Pyro cannot make this guide: {error}")
     marked = pyro.infer.config_enumerate(case.model, "parallel")
     case = type(case)(case.name, marked, guide, case.data, case.exact, case.unit_plate)
-    scale = {"minibatch": 5.0}.get(make.__name__, 1.0)
     if make.__name__ in ("missing_entries", "ragged_sequences"):
         pytest.skip("an unmasked guide of masked latents: Pyro's ELBO there is no bound")
+    if make.__name__ == "dependent_interval":
+        pytest.skip("Pyro's autoguides keep the support that they saw in their first run")
+    if make.__name__ == "single_precision" and make_guide is autoregressive:
+        pytest.skip("Pyro makes this guide's network in the default precision")
     if make.__name__ == "scaled":
         with pytest.raises(vh.InputError, match="scaled differently"):
+            prepare(case.model, guide, case.data)
+    elif make.__name__ == "minibatch" and make_guide is AutoNormal:
+        with pytest.raises(vh.InputError, match="to which units the minibatch belongs"):
             prepare(case.model, guide, case.data)
     elif make.__name__ in ("minibatch", "subsampled_plate") and make_guide in IN_TOTAL:
         with pytest.raises(vh.InputError, match="but the plate is subsampled"):
             prepare(case.model, guide, case.data)
     else:
-        assert_pyros_elbo(case, guide, TraceEnum_ELBO if discrete else Trace_ELBO, scale)
+        assert_pyros_elbo(case, guide, TraceEnum_ELBO if discrete else Trace_ELBO)

@@ -284,3 +284,22 @@ def test_scales_by_element_are_refused():
 
     with pytest.raises(vh.InputError, match="another factor at each element"):
         vh.log_evidence(model, (torch.ones(2),), progress=False)
+
+
+def test_a_guide_that_picks_by_indices_the_model_does_not_know_is_refused():
+    """Its parameters belong to units of the whole data; the minibatch does not say to which."""
+
+    def model(v):
+        with pyro.plate("units", 20, subsample_size=len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+            pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+    def guide(v):
+        locs = pyro.param("locs", torch.linspace(-1, 1, 20))
+        with pyro.plate("units", 20, subsample_size=len(v)) as index:
+            pyro.sample("h", dist.Normal(locs[index], 1.0))
+
+    v = torch.ones(4)
+    with pytest.raises(vh.InputError, match="to which units the minibatch belongs"):
+        vh.inference_gap(model, guide, (v,), progress=False)
+    assert vh.log_evidence(model, (v,), progress=False).per_unit.num_units == 4

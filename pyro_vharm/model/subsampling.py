@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -44,7 +45,8 @@ def whole_batches(
         unit_plate: the name of the unit plate.
 
     Raises:
-        InputError: if another plate picks its elements by random indices.
+        InputError: if another plate picks its elements by random indices, or the guide does
+            where the model does not.
     """
     found = subsample_sites(runs.model)
     if not found:
@@ -54,25 +56,38 @@ def whole_batches(
         for name, site in found.items()
     }
     held = replace(batch, subsample={**firsts, **batch.subsample})
-    watch = _Watch(held.subsample)
-    with watch:
-        for function, trace in ((model, runs.model), (guide, runs.guide)):
-            if function is not None and trace is not None:
-                values = {site["name"]: site["value"] for site in latent_sites(trace)}
-                trace_call(function, held, FixedSites(values))
-    if not watch.used:
+    by_model = _picking(model, held, runs.model)
+    by_guide = _picking(guide, held, runs.guide)
+    if not by_model | by_guide:
         return [held]
-    if watch.used != {unit_plate}:
+    if by_model | by_guide != {unit_plate}:
         raise InputError(
-            f"the plates {sorted(watch.used - {unit_plate})} pick elements at random "
+            f"the plates {sorted((by_model | by_guide) - {unit_plate})} pick elements at random "
             "(subsample_size) and are not the plate of the units, so evidence needs all of their "
             "elements; leave subsample_size out of them"
         )
-    (name,) = watch.used
+    if not by_model:
+        raise InputError(
+            f"the guide picks parameters by the random indices of plate {unit_plate!r}, and the "
+            "model does not pick its data by them, so it cannot be told to which units the "
+            "minibatch belongs; pass all data in one call, or pick data in the model, x[index]"
+        )
+    (name,) = by_model
     size = len(found[name]["value"])
     every = torch.arange(found[name]["fn"].size, device=found[name]["value"].device)
     parts = every.split(size)
     return [_filled(held, name, part, size) for part in parts]
+
+
+def _picking(function: PyroFunction | None, batch: Batch, trace: Trace | None) -> set[str]:
+    """The plates whose indices a model or guide picks anything by."""
+    if function is None or trace is None:
+        return set()
+    values = {site["name"]: site["value"] for site in latent_sites(trace)}
+    watch = _Watch(batch.subsample)
+    with watch:
+        trace_call(function, batch, FixedSites(values))
+    return watch.used
 
 
 def _filled(batch: Batch, plate: str, part: Tensor, size: int) -> Batch:
