@@ -20,6 +20,7 @@ from pyro_vharm.errors import (
 )
 from pyro_vharm.estimates import Bound, Estimate, Kind, UnitEstimates
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
+from pyro_vharm.inference.bidirectional import Sandwich, bdmc
 from pyro_vharm.inference.enumeration import Enumeration
 from pyro_vharm.inference.evidence import Evidence, log_evidence
 from pyro_vharm.inference.importance import ImportanceSampling
@@ -62,11 +63,13 @@ __all__ = [
     "Quadrature",
     "Reference",
     "Refit",
+    "Sandwich",
     "Simulation",
     "UncompiledWarning",
     "UnitEstimates",
     "Verdict",
     "audit",
+    "bdmc",
     "capture_parameters",
     "forget_compiled",
     "inference_gap",

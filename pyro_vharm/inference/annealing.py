@@ -141,6 +141,7 @@ class AnnealedImportanceSampling:
         densities: UnitDensities,
         *,
         start: StartDensity | None = None,
+        exact: Tensor | None = None,
         progress: bool = False,
     ) -> Particles:
         """Estimate log p(v_u; θ) of every unit from both sides.
@@ -148,6 +149,8 @@ class AnnealedImportanceSampling:
         Args:
             densities: the units.
             start: a start density of one's own; by default matched to guide draws.
+            exact: one exact posterior draw of each unit, ``(1, unit, dim)``, for the reverse runs
+                to start from; by default they start from forward particles, moved on.
             progress: show a bar.
         """
         start = match_start(densities, self.prior_share) if start is None else start
@@ -160,8 +163,11 @@ class AnnealedImportanceSampling:
             forward = anneal_forward(plan, latents)
             bar.update()
             log_weights, dropped = drop_nonfinite(forward.log_weights)
-            settled = self.settle(plan, resample(forward.latents, log_weights))
-            reverse = anneal_reverse(plan, settled)
+            if exact is None:
+                last = self.settle(plan, resample(forward.latents, log_weights))
+            else:
+                last = exact.expand_as(latents)
+            reverse = anneal_reverse(plan, last)
             bar.update()
         reverse_log_weights, dropped_reverse = drop_nonfinite(reverse.log_weights, reverse=True)
         return Particles(

@@ -165,6 +165,15 @@ class UnitDensities:
         )
         return self._pack(at.unconstrained, num_particles)
 
+    def pack_values(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Latents of one plain run, on their supports by site, as ``(1, unit, dim)``."""
+        structure = replace(self.structure, model_runs=by_loop)
+        own = {name: value for name, value in values.items() if name in structure.dims}
+        padded = {name: value[None] for name, value in structure.pad(own).items()}
+        with torch.no_grad():
+            at = run_model(self.model, self.batch, structure, 1, values=padded, record=True)
+        return self._pack(at.unconstrained, 1)
+
     def draw_prior(self, num_particles: int) -> Draws:
         """Draw from p(h; θ), with what is observed held fixed."""
         latents = replace(self, guide=None).draw_latents(num_particles)

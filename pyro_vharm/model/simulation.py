@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch, Data, as_batches
+from pyro_vharm.model.declared import DeclaredModel
 from pyro_vharm.model.inspection import run_plainly
 from pyro_vharm.model.sites import (
     Site,
@@ -91,8 +92,11 @@ def simulate_batch(
     """`simulate` for one batch, with the random numbers as they come."""
     for site in observed_sites(run_plainly(model, None, batch).model):
         _check_can_be_drawn(site)
+    function, points = model, dict[str, Tensor]()
+    if isinstance(model, DeclaredModel):  # what is declared a parameter stays where it is
+        function, points = model.model, model.points(*batch.args, **batch.kwargs)
     try:
-        trace = trace_call(poutine.uncondition(model), batch)
+        trace = trace_call(poutine.uncondition(function), batch, FixedSites(points))
     except NotImplementedError as error:
         raise InputError(
             f"the model cannot simulate its data: a distribution has no draws ({error})"
@@ -105,7 +109,7 @@ def simulate_batch(
     latents = {
         site["name"]: site["value"]
         for site in latent_sites(trace)
-        if not site["infer"].get("was_observed", False)
+        if not site["infer"].get("was_observed", False) and site["name"] not in points
     }
     content = batch.args, dict(batch.kwargs)
     args, kwargs = (
