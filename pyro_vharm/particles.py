@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from arviz_stats.base import array_stats
 from torch import Tensor
 
 from pyro_vharm.estimates import Kind
@@ -21,6 +23,7 @@ __all__ = [
     "effective_sample_size",
     "log_mean_exp",
     "log_mean_exp_error",
+    "pareto_shape",
     "relative_variance",
     "replicate_totals",
     "resample",
@@ -68,6 +71,33 @@ def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """(Σ w)² / Σ w² over particles, shape ``(unit,)`` (Kong, 1992)."""
     return torch.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
+
+
+def pareto_shape(log_weights: Tensor) -> Tensor:
+    """Shape k̂ of a generalised Pareto distribution fitted to the largest weights of each unit.
+
+    Weights have about 1/k moments. Above 0.7 their mean and its standard error are not to be
+    trusted at any practical number of particles. −∞ where the largest weights are equal, ∞ where
+    none is finite.
+
+    Args:
+        log_weights: shape ``(particle, unit)``.
+
+    Source: "Pareto Smoothed Importance Sampling", Vehtari, Simpson, Gelman, Yao, Gabry (2024).
+    """
+    units = log_weights.detach().to("cpu", torch.float64).T.numpy()
+    shapes = [_pareto_shape_of_one(unit[np.isfinite(unit)]) for unit in units]
+    return torch.tensor(shapes, dtype=log_weights.dtype, device=log_weights.device)
+
+
+def _pareto_shape_of_one(finite: np.ndarray) -> float:
+    if len(finite) == 0:
+        return math.inf
+    try:
+        _, shape = array_stats.psislw(-finite)  # it takes minus the log weights, as for LOO
+    except ValueError:  # all values of the tail are the same
+        return -math.inf
+    return float(shape)
 
 
 def relative_variance(log_weights: Tensor) -> Tensor:

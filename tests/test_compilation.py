@@ -12,6 +12,7 @@ import pyro_vharm as vh
 from pyro_vharm.model import compilation
 from pyro_vharm.model.compilation import accelerate, compiled, eager, traced
 from pyro_vharm.model.problem import prepare
+from tests.zoo import BASICS
 
 MANY = 10**9
 V = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -206,3 +207,43 @@ def test_compiled_functions_see_steps_in_place():
     with torch.no_grad():
         pyro.param("noise").unconstrained().add_(0.5)
     assert same(fast, eager(log_joint, densities))
+
+
+@pytest.mark.parametrize("form", [traced, compiled])
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
+def test_inputs_and_data_may_have_any_strides(form):
+    """A graph holds for the strides it was traced with, so it is given one kind of them."""
+
+    def pairs(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("v", dist.Normal(h @ v.new_ones(2, 3), 1.0).to_event(1), obs=v)
+
+    v = torch.randn(3, 5).T
+    densities = densities_of(pairs, v)
+    latents = torch.randn(4, 5, 2)
+    fast = form(log_joint, densities, (latents,))
+    strided = torch.randn(2, 5, 4).permute(2, 1, 0)
+    for at in (latents, strided, latents.flip(0)):
+        assert torch.allclose(fast(at)[0], eager(log_joint, densities)(at)[0])
+
+
+@pytest.mark.parametrize("make", BASICS, ids=lambda make: make.__name__)
+def test_annealing_on_graphs_gives_the_numbers_of_eager_annealing(monkeypatch, make):
+    """A graph runs the same operations, so nothing differs, whatever the strides of the draws."""
+    case = make()
+    method = vh.AnnealedImportanceSampling(num_particles=4, num_steps=2, num_leapfrog=2)
+    options = {"guide": case.guide, "method": method, "progress": False}
+    runs = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", vh.JointUnitWarning)
+        for limit in (MANY, 0.0):
+            monkeypatch.setattr(compilation, "_WORTH_TRACING", limit)
+            monkeypatch.setattr(compilation, "_WORTH_COMPILING", float("inf"))
+            sandwich = vh.bdmc(
+                case.model, case.data, guide=case.guide, method=method, progress=False
+            )
+            runs.append((sandwich.lower, sandwich.upper))
+    assert any(kept.form == "graph" for kept in compilation._GRAPHS.values())
+    for eager_side, graph_side in zip(*runs, strict=True):
+        assert torch.allclose(eager_side, graph_side, rtol=1e-6)

@@ -286,3 +286,21 @@ def test_law_5_centred_and_not_centred_models_have_the_same_evidence():
     assert torch.allclose(*values, atol=1e-9)
     scaled = log_evidence(pyro.poutine.scale(centred, scale=0.1), (v,), progress=False)
     assert torch.allclose(scaled.per_unit.values, values[0], atol=1e-9)
+
+
+def test_importance_sampling_says_where_its_weights_are_too_heavy():
+    """A start much narrower than the posterior: a wrong number, and not a clean bill."""
+    case = linear_gaussian()
+    method = ImportanceSampling(num_particles=2000)
+    good = log_evidence(case.model, case.data, guide=case.guide, method=method, progress=False)
+    assert float(good.pareto_shapes.max()) < 0.7 and "in 0 units" in str(good)
+
+    def narrow(v):
+        with pyro.plate("units", len(v)):
+            pyro.sample("h", dist.Normal(v.new_zeros(2), 0.1).to_event(1))
+
+    bare = ImportanceSampling(num_particles=2000, prior_share=0.0)
+    bad = log_evidence(case.model, case.data, guide=narrow, method=bare, progress=False)
+    off = (bad.per_unit.values - case.exact).abs() > 4 * bad.per_unit.errors
+    assert bool(off.any()), "the case is hard"
+    assert bool((bad.pareto_shapes[off] > 0.7).all()) and "not to be trusted" in str(bad)

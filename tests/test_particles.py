@@ -10,6 +10,7 @@ from pyro_vharm.particles import (
     effective_sample_size,
     log_mean_exp,
     log_mean_exp_error,
+    pareto_shape,
     relative_variance,
     replicate_totals,
     resample,
@@ -79,3 +80,15 @@ def test_resampling_follows_the_weights():
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4])
     drawn = resample(values, weights.log()[:, None].expand(4, 5000))
     assert_mean(drawn[0, :, 0], 2.0)
+
+
+def test_pareto_shapes_tell_heavy_weights_from_light_ones():
+    """For w = exp(e/λ) with e exponential, weights are Pareto of shape 1/λ."""
+    exponential = torch.distributions.Exponential(torch.ones(())).sample((4000, 3))
+    shapes = pareto_shape(exponential * torch.tensor([0.2, 0.5, 0.9]))
+    assert (shapes - torch.tensor([0.2, 0.5, 0.9])).abs().max() < 0.25
+    assert torch.isneginf(pareto_shape(torch.zeros(200, 1))).all()
+    assert torch.isposinf(pareto_shape(torch.full((200, 1), -torch.inf))).all()
+    with_zeros = exponential.clone()
+    with_zeros[:50] = -torch.inf
+    assert torch.isfinite(pareto_shape(with_zeros)).all()

@@ -27,11 +27,16 @@ from pyro_vharm.particles import (
     effective_sample_size,
     log_mean_exp,
     log_mean_exp_error,
+    pareto_shape,
     replicate_totals,
 )
 from pyro_vharm.tables import html_table, text_table
 
 __all__ = ["Evidence", "InferenceMethod", "choose_method", "estimate_evidence", "log_evidence"]
+
+
+_LARGEST_SHAPE = 0.7
+_LEAST_PARTICLES_FOR_SHAPE = 100
 
 
 class InferenceMethod(Protocol):
@@ -57,6 +62,8 @@ class Evidence:
         acceptance: mean acceptance probability per unit, ``None`` without transitions.
         num_nonfinite: weights that were not finite and count as zero.
         method: the method's settings.
+        pareto_shapes: k̂ of each unit's weights, see `pareto_shape`, where there are at least 100
+            particles and no upper bound; above 0.7 a unit is not to be trusted.
     """
 
     per_unit: UnitEstimates
@@ -67,6 +74,7 @@ class Evidence:
     acceptance: Tensor | None
     num_nonfinite: int
     method: str
+    pareto_shapes: Tensor | None = None
 
     def lower(self, delta: float = 0.05) -> Bound:
         """A lower bound on the total that fails with probability at most delta.
@@ -111,6 +119,12 @@ class Evidence:
             )
         if self.acceptance is not None:
             footer.append(f"acceptance: mean {float(self.acceptance.mean()):.2f}")
+        if self.pareto_shapes is not None:
+            above = int((self.pareto_shapes > _LARGEST_SHAPE).sum())
+            footer.append(
+                f"Pareto k̂: largest {float(self.pareto_shapes.max()):.2f}, above {_LARGEST_SHAPE} "
+                f"in {above} units" + (": these are not to be trusted" if above else "")
+            )
         if self.num_nonfinite:
             footer.append(f"{self.num_nonfinite} weights were not finite and count as zero")
         return "\n".join([text_table(["log evidence", "nats", "", "kind"], rows), *footer])
@@ -193,7 +207,16 @@ def estimate_evidence(
         acceptance=torch.cat(acceptance) if acceptance else None,
         num_nonfinite=sum(run.num_nonfinite for run in runs),
         method=str(method),
+        pareto_shapes=_shapes(runs),
     )
+
+
+def _shapes(runs: Sequence[Particles]) -> Tensor | None:
+    first = runs[0]
+    few = len(first.log_weights) < _LEAST_PARTICLES_FOR_SHAPE
+    if few or first.numerical_error is not None or first.reverse_log_weights is not None:
+        return None
+    return torch.cat([pareto_shape(run.log_weights) for run in runs])
 
 
 def _estimate(run: Particles) -> tuple[UnitEstimates, Tensor]:

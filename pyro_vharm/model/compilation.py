@@ -47,6 +47,8 @@ class Accelerated:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function's values; nothing is recorded for differentiation."""
+        if self.form != "eager":  # a graph holds for the strides that it was traced with
+            inputs = _contiguous(inputs)
         with torch.no_grad():
             return tuple(self.call(*inputs, *self.batch_tensors))
 
@@ -66,7 +68,7 @@ def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor
         RuntimeError: if control flow depends on values, or an operation is random.
     """
     leaves, spec = pytree.tree_flatten(_content(densities.batch))
-    lifted = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    lifted = _contiguous([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         further, batch_tensors = tensors[: len(inputs)], iter(tensors[len(inputs) :])
@@ -76,7 +78,7 @@ def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor
 
     with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own code
-        graph = make_fx(lambda *tensors: flat(*tensors))(*inputs, *lifted)
+        graph = make_fx(lambda *tensors: flat(*tensors))(*_contiguous(inputs), *lifted)
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.recompile()
     _refuse_random(graph)
@@ -214,7 +216,7 @@ def _kept(
     if kept.form == "eager":
         return replace(plain, is_best=True)
     leaves = pytree.tree_leaves(_content(densities.batch))
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    tensors = _contiguous([leaf for leaf in leaves if isinstance(leaf, Tensor)])
     again = replace(kept, batch_tensors=tensors)
     elsewhere = tuple(_moved(tensor) for tensor in inputs)
     if not (_same(again(*inputs), expected) and _same(again(*elsewhere), plain(*elsewhere))):
@@ -236,6 +238,10 @@ def _keep(key: Hashable, found: Accelerated) -> Accelerated:
         while len(_GRAPHS) > _MOST_KEPT:
             _GRAPHS.popitem(last=False)
     return found
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def _content(batch: Batch) -> tuple[Any, ...]:
