@@ -233,7 +233,6 @@ def test_annealing_on_graphs_gives_the_numbers_of_eager_annealing(monkeypatch, m
     """A graph runs the same operations, so nothing differs, whatever the strides of the draws."""
     case = make()
     method = vh.AnnealedImportanceSampling(num_particles=4, num_steps=2, num_leapfrog=2)
-    options = {"guide": case.guide, "method": method, "progress": False}
     runs = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", vh.JointUnitWarning)
