@@ -21,7 +21,8 @@ from pyro_vharm.model.vectorising import Vectorisation, by_loop, by_plate, by_vm
 
 __all__ = ["check_densities", "choose_guide_runs", "choose_model_runs"]
 
-_NUM_PARTICLES = 17  # a prime, so that it equals no size in the model by accident
+_MANY_PARTICLES, _FEW_PARTICLES = 17, 5  # primes, so as to equal no size in the model by accident
+_MANY_UNITS = 5000  # with which few particles must do, as memory goes with their product
 _NUM_COMPARED = 2
 _FAST = (by_plate, by_vmap)
 _FAILURES = (
@@ -55,20 +56,21 @@ def check_densities(
     Warns:
         LoopedRunsWarning: if nothing but a Python loop gives the right numbers.
     """
+    count = _FEW_PARTICLES if densities.num_units > _MANY_UNITS else _MANY_PARTICLES
     if checked is not None and _same_but_for_runs(checked, densities.structure):
         alike = replace(densities, structure=checked)
-        latents = alike.draw_latents(_NUM_PARTICLES)
+        latents = alike.draw_latents(count)
         if _close(alike.log_joint(latents)[:1], alike.plain_log_joint(latents[:1])):
             _check_masked_out(alike, masks)
             _check_finite(alike, latents)
             return alike
-    latents = densities.draw_latents(_NUM_PARTICLES)
+    latents = densities.draw_latents(count)
     _check_deterministic(densities, latents[:_NUM_COMPARED])
     _check_masked_out(densities, masks)
     structure = densities.structure
     if densities.has_guide_density:
         assert densities.guide is not None
-        runs = choose_guide_runs(densities.guide, densities.batch, structure)
+        runs = choose_guide_runs(densities.guide, densities.batch, structure, count)
         structure = replace(structure, guide_runs=runs)
     runs = choose_model_runs(densities, latents)
     chosen = replace(densities, structure=replace(structure, model_runs=runs))
@@ -94,14 +96,16 @@ def choose_model_runs(densities: UnitDensities, latents: Tensor) -> Vectorisatio
     return _first_that(agrees, "model")
 
 
-def choose_guide_runs(guide: PyroFunction, batch: Batch, structure: Structure) -> Vectorisation:
+def choose_guide_runs(
+    guide: PyroFunction, batch: Batch, structure: Structure, num_particles: int
+) -> Vectorisation:
     """The first way to run the guide for many particles that gives what a loop gives.
 
     Raises:
         InputError: if its density at fixed values is random.
     """
     looped = replace(structure, guide_runs=by_loop)
-    drawn = run_guide(guide, batch, looped, _NUM_PARTICLES)
+    drawn = run_guide(guide, batch, looped, num_particles)
     fixed = {name: drawn.values[name] for name in drawn.random}
     few = {name: value[:_NUM_COMPARED] for name, value in fixed.items()}
     expected = run_guide(guide, batch, looped, _NUM_COMPARED, few)
@@ -114,8 +118,8 @@ def choose_guide_runs(guide: PyroFunction, batch: Batch, structure: Structure) -
 
     def agrees(runs: Vectorisation) -> bool:
         tried = replace(structure, guide_runs=runs)
-        found = run_guide(guide, batch, tried, _NUM_PARTICLES, fixed)
-        fresh = run_guide(guide, batch, tried, _NUM_PARTICLES)
+        found = run_guide(guide, batch, tried, num_particles, fixed)
+        fresh = run_guide(guide, batch, tried, num_particles)
         distinct = all(len(fresh.values[name].unique(dim=0)) > 1 for name in drawn.random)
         discrete = all(not fresh.values[name].is_floating_point() for name in drawn.random)
         return (distinct or discrete) and _same_run(found, expected)
