@@ -246,3 +246,38 @@ def test_annealing_on_graphs_gives_the_numbers_of_eager_annealing(monkeypatch, m
     assert any(kept.form == "graph" for kept in compilation._GRAPHS.values())
     for eager_side, graph_side in zip(*runs, strict=True):
         assert torch.allclose(eager_side, graph_side, rtol=1e-6)
+
+
+def test_graphs_do_not_outlive_a_call_in_which_what_they_rest_on_may_change(monkeypatch):
+    """In single precision a small change is less than any tolerance sees."""
+    monkeypatch.setattr(compilation, "_WORTH_TRACING", 0.0)
+    monkeypatch.setattr(compilation, "_WORTH_COMPILING", float("inf"))
+    held = {"bonus": 0.0}
+
+    def closing(v):
+        pyro.factor("bonus", v.new_tensor(held["bonus"]))
+        h = pyro.sample("h", dist.Normal(v.new_zeros(3), 1.0).to_event(1))
+        pyro.sample("v", dist.Normal(h, 1.0).to_event(1), obs=v)
+
+    v = torch.tensor([50.0, -30.0, 20.0], dtype=torch.float32)
+    method = vh.AnnealedImportanceSampling(num_particles=4, num_steps=2)
+    values = []
+    for bonus in (0.0, 0.5):
+        held["bonus"] = bonus
+        evidence = vh.log_evidence(closing, (v,), method=method, progress=False)
+        values.append(float(evidence.per_unit.values[0]))
+    assert values[1] - values[0] == pytest.approx(0.5, abs=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
+def test_compiled_code_outlives_a_call_where_the_graph_is_the_same(monkeypatch):
+    monkeypatch.setattr(compilation, "_WORTH_COMPILING", 0.0)
+    densities = densities_of(model)
+    first = accelerate(log_joint, densities, (LATENTS,), MANY)
+    monkeypatch.setattr(compilation, "num_calls", lambda: 10**6)
+    again = accelerate(log_joint, densities, (LATENTS,), 1)
+    assert again.call is first.call and again.form == "compiled"
+    monkeypatch.setattr(compilation, "num_calls", lambda: 10**6 + 1)
+    monkeypatch.setitem(OFFSET, "value", torch.tensor(1e-9, dtype=torch.float64))
+    other = accelerate(log_joint, densities, (LATENTS,), MANY)
+    assert other.call is not first.call, "another constant, however near"

@@ -522,3 +522,27 @@ def test_a_learner_takes_batches(effects):
         tied_model, iter(effects.split(25)), guide=tied_guide, learner=learner, progress=False
     )
     assert float(reference.parameters["a"]) == pytest.approx(optima(effects)[0], rel=0.1)
+
+
+def test_units_weigh_the_same_in_batches_of_any_size():
+    """101 units in batches of 100: the lone unit counts once, and the mean is the optimum."""
+
+    def model(v):
+        mu = pyro.param("mu", torch.tensor(0.0))
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(mu, 1.0))
+            pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+    def guide(v):
+        slope, shift = (
+            pyro.param("slope", torch.tensor(0.5)),
+            pyro.param("shift", torch.tensor(0.0)),
+        )
+        with pyro.plate("units", len(v)):
+            pyro.sample("h", dist.Normal(slope * v + shift, 0.75))
+
+    v = torch.cat([torch.linspace(-1, 1, 100), torch.tensor([9.0])])
+    learner = vh.ImportanceWeightedLearner(num_particles=8, num_steps=400, batch_size=100)
+    for data in ((v,), [(v[:100],), (v[100:],)]):
+        reference = vh.learn_reference(model, data, guide=guide, learner=learner, progress=False)
+        assert float(reference.parameters["mu"]) == pytest.approx(float(v.mean()), abs=0.05)

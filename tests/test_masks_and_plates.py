@@ -303,3 +303,15 @@ def test_a_guide_that_picks_by_indices_the_model_does_not_know_is_refused():
     with pytest.raises(vh.InputError, match="to which units the minibatch belongs"):
         vh.inference_gap(model, guide, (v,), progress=False)
     assert vh.log_evidence(model, (v,), progress=False).per_unit.num_units == 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_masked_out_classes_that_are_observed_are_refused_whatever_the_seed(seed):
+    def model(v):
+        with pyro.plate("units", len(v)):
+            with poutine.mask(mask=torch.tensor([True, False])):
+                z = pyro.sample("z", dist.Bernoulli(v.new_tensor(0.9)))
+            pyro.sample("v", dist.Normal(2 * z, 1.0), obs=v)
+
+    with pytest.raises(vh.InputError, match="has a say in the density of other sites"):
+        vh.log_evidence(model, (torch.full((2,), 0.3),), seed=seed, progress=False)

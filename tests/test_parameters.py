@@ -214,3 +214,26 @@ def test_other_sites_are_no_parameters(names, message):
         vh.log_evidence(leveled, (V,), guide=guide, parameters=names, progress=False)
     with pytest.raises(vh.InputError, match="needs the guide"):
         vh.log_evidence(leveled, (V,), parameters=["level"], progress=False)
+
+
+def test_declared_sites_inside_the_unit_plate_count_with_their_own_units():
+    """b of each unit is a point: log p(v | b) + log p(b), whatever the batches."""
+
+    def model(v):
+        with pyro.plate("units", len(v)):
+            b = pyro.sample("b", dist.Normal(v.new_zeros(()), 2.0))
+            h = pyro.sample("h", dist.Normal(b, 1.0))
+            pyro.sample("v", dist.Normal(h, 0.5), obs=v)
+
+    def guide(v):
+        slope = pyro.param("slope", torch.tensor(0.6))
+        with pyro.plate("units", len(v)):
+            pyro.sample("b", dist.Delta(slope * v))
+            pyro.sample("h", dist.Normal(v, 0.5))
+
+    v = torch.tensor([0.5, -1.0, 2.0, 3.0, -0.3])
+    b = 0.6 * v
+    exact = dist.Normal(b, 1.25**0.5).log_prob(v) + dist.Normal(0.0, 2.0).log_prob(b)
+    for data in ((v,), [(v[:3],), (v[3:],)]):
+        units = vh.log_evidence(model, data, guide=guide, parameters=["b"], progress=False).per_unit
+        assert torch.allclose(units.values, exact, atol=1e-6)

@@ -295,3 +295,26 @@ def test_modules_in_containers_are_found(container):
 
     vh.log_evidence(Plain().model, (torch.ones(3),), progress=False)
     assert network.calls == 0 and float(network.count) == 0.0
+
+
+COUNTED = Counting()
+
+
+class CallsByName:
+    def __call__(self, v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+            pyro.sample("v", dist.Normal(COUNTED(h), 1.0), obs=v)
+
+
+def calls_in_a_lambda(v):
+    network = lambda h: COUNTED(h)  # noqa: E731
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+        pyro.sample("v", dist.Normal(network(h), 1.0), obs=v)
+
+
+@pytest.mark.parametrize("model", [CallsByName(), calls_in_a_lambda])
+def test_modules_named_in_inner_code_are_found(model):
+    vh.log_evidence(model, (torch.ones(3),), progress=False)
+    assert COUNTED.calls == 0 and float(COUNTED.count) == 0.0

@@ -116,7 +116,7 @@ def _maximise_bound(
             num_particles,
             num_replicates,
         )
-        return -bound.surrogate * (problem.num_units / len(bound.values))
+        return -bound.surrogate * len(batches)  # unbiased whatever the sizes of the batches
 
     minimise(loss, leaves, schedule, description=description, progress=progress)
 
@@ -302,13 +302,14 @@ def _attempt(
 def _probe(problem: Problem) -> Problem:
     """A few hundred of the units, if they can be had apart, with the same live parameters."""
     part = cut_batch(problem.densities[0], _PROBED_UNITS)[0]
-    return prepare(
+    probe = prepare(
         problem.model,
         problem.guide,
         [part],
         unit_plate=problem.layout.plate,
         parameters=problem.declared,
     )
+    return probe.with_prior_shared_by(problem.densities[0].structure.declared_units)
 
 
 def _as_learned(problem: Problem) -> _Candidate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,13 @@ from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.guide_runs import GuideRun, run_guide
 from pyro_vharm.model.model_runs import run_model
-from pyro_vharm.model.sites import Mask, latent_sites, observed_sites, own_log_prob
+from pyro_vharm.model.sites import (
+    Site,
+    latent_sites,
+    masked_where,
+    observed_sites,
+    own_log_prob,
+)
 from pyro_vharm.model.structure import Structure
 from pyro_vharm.model.tracing import PyroFunction, UnconstrainedSites, trace_call
 from pyro_vharm.model.vectorising import Vectorisation, by_loop, by_plate, by_vmap
@@ -24,6 +30,7 @@ __all__ = ["check_densities", "choose_guide_runs", "choose_model_runs"]
 _MANY_PARTICLES, _FEW_PARTICLES = 17, 5  # primes, so as to equal no size in the model by accident
 _MANY_UNITS = 5000  # with which few particles must do, as memory goes with their product
 _NUM_COMPARED = 2
+_MOST_CLASSES = 4
 _FAST = (by_plate, by_vmap)
 _FAILURES = (
     RuntimeError,
@@ -37,13 +44,13 @@ _FAILURES = (
 
 
 def check_densities(
-    densities: UnitDensities, masks: Mapping[str, Mask], checked: Structure | None = None
+    densities: UnitDensities, sites: Sequence[Site], checked: Structure | None = None
 ) -> UnitDensities:
     """Check that the densities are what they must be, and choose how to run model and guide.
 
     Args:
         densities: of one batch, run particle by particle.
-        masks: the model's masks on its latents.
+        sites: the model's latent sites in one run.
         checked: the structure of another batch that was checked: where it is the same, this one is
             run in the same way, and only looked at for values that are not finite.
 
@@ -61,12 +68,12 @@ def check_densities(
         alike = replace(densities, structure=checked)
         latents = alike.draw_latents(count)
         if _close(alike.log_joint(latents)[:1], alike.plain_log_joint(latents[:1])):
-            _check_masked_out(alike, masks)
+            _check_masked_out(alike, sites)
             _check_finite(alike, latents)
             return alike
     latents = densities.draw_latents(count)
     _check_deterministic(densities, latents[:_NUM_COMPARED])
-    _check_masked_out(densities, masks)
+    _check_masked_out(densities, sites)
     structure = densities.structure
     if densities.has_guide_density:
         assert densities.guide is not None
@@ -210,27 +217,39 @@ def _check_independent(densities: UnitDensities, latents: Tensor) -> None:
         )
 
 
-def _check_masked_out(densities: UnitDensities, masks: Mapping[str, Mask]) -> None:
+def _check_masked_out(densities: UnitDensities, sites: Sequence[Site]) -> None:
     """Refuse latents that are masked out of their own prior and still have a say elsewhere."""
-    masks = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor | bool)}
-    if not masks:
+    masked = [site for site in sites if isinstance(masked_where(site), Tensor | bool)]
+    if not masked:
         return
+    masks = {site["name"]: masked_where(site) for site in masked}
     structure = replace(densities.structure, model_runs=by_loop)
     model, batch = densities.model, densities.batch
     drawn = run_model(model, batch, structure, 2).values
-    moved = {name: value.clone() for name, value in drawn.items()}
-    for name, mask in masks.items():
-        value, dims = drawn[name], structure.dims[name]
-        kept = torch.as_tensor(mask)
-        kept = kept.reshape(kept.shape + (1,) * dims.event_dim)
-        moved[name] = torch.where(kept, value, value.roll(1, 0))
-    before, after = (
-        run_model(model, batch, structure, 2, values=at, masks=masks).log_joint
-        for at in (drawn, moved)
-    )
-    if not _close(after, before):
-        raise InputError(
-            f"a masked-out element of {sorted(masks)} has a say in the density of other sites, so "
-            "its prior there is flat and improper; mask what depends on it too, or take the mask "
-            "off the latent"
-        )
+    before = run_model(model, batch, structure, 2, values=drawn, masks=masks).log_joint
+    for moved in _moved_where_masked(masked, drawn, structure):
+        after = run_model(model, batch, structure, 2, values=moved, masks=masks).log_joint
+        if not _close(after, before):
+            raise InputError(
+                f"a masked-out element of {sorted(masks)} has a say in the density of other sites, "
+                "so its prior there is flat and improper; mask what depends on it too, or take the "
+                "mask off the latent"
+            )
+
+
+def _moved_where_masked(
+    masked: Sequence[Site], drawn: Mapping[str, Tensor], structure: Structure
+) -> Iterator[dict[str, Tensor]]:
+    """The draws with masked-out elements elsewhere: at other draws, at each of a few classes."""
+    for turn in range(_MOST_CLASSES):
+        moved = dict(drawn)
+        for site in masked:
+            name, value = site["name"], drawn[site["name"]]
+            kept = torch.as_tensor(masked_where(site))
+            kept = kept.reshape(kept.shape + (1,) * structure.dims[name].event_dim)
+            other = value.roll(1, 0)
+            if name in structure.discrete:
+                support = site["fn"].enumerate_support(expand=False)
+                other = support[turn % len(support)].expand_as(value)
+            moved[name] = torch.where(kept, value, other)
+        yield moved

@@ -20,6 +20,7 @@ from pyro_vharm.errors import UncompiledWarning
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.parameters import capture_parameters
+from pyro_vharm.model.state import num_calls
 
 __all__ = ["Accelerated", "accelerate", "compiled", "eager", "forget_compiled", "traced"]
 
@@ -38,12 +39,16 @@ class Accelerated:
         batch_tensors: the tensors of the batch.
         form: ``"eager"``, ``"graph"`` or ``"compiled"``.
         is_best: whether nothing faster can be had, so that more work ahead changes nothing.
+        graph: what was traced.
+        call_number: the public call it was last known to be right in.
     """
 
     call: Callable[..., tuple[Tensor, ...]]
     batch_tensors: tuple[Tensor, ...]
     form: str
     is_best: bool = False
+    graph: GraphModule | None = None
+    call_number: int = 0
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function's values; nothing is recorded for differentiation."""
@@ -82,7 +87,7 @@ def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.recompile()
     _refuse_random(graph)
-    return Accelerated(graph, lifted, "graph")
+    return Accelerated(graph, lifted, "graph", graph=graph, call_number=num_calls())
 
 
 def compiled(function: Function, densities: UnitDensities, inputs: Sequence[Tensor]) -> Accelerated:
@@ -106,8 +111,9 @@ def accelerate(
     """The form of a function that the number of calls ahead pays for.
 
     Eager for little work; a graph for a few seconds of it; compiled from a minute on. What
-    was traced or compiled is kept by model, shapes and identity of parameters, checked against an
-    eager call each time it is taken out, and used whatever the work.
+    was traced or compiled is kept by model, shapes and identity of parameters, and used whatever
+    the work. Between two public calls anything that the model closes over may change, so graphs
+    do not outlive one; compiled code does, where tracing anew gives the same graph.
 
     Args:
         function: takes densities and tensors, returns tensors; differentiates inside if at all.
@@ -125,7 +131,7 @@ def accelerate(
     plain(*inputs)
     work = num_calls * (time.perf_counter() - started)
     key = _key(function, densities, inputs)
-    kept = _kept(key, plain, densities, inputs, expected)
+    kept = _kept(key, plain, function, densities, inputs, expected)
     if kept is not None and (kept.is_best or work < _WORTH_COMPILING):
         return kept
     if work < _WORTH_TRACING:
@@ -206,6 +212,7 @@ def _signature(leaf: Any) -> Hashable:
 def _kept(
     key: Hashable,
     plain: Accelerated,
+    function: Function,
     densities: UnitDensities,
     inputs: Sequence[Tensor],
     expected: tuple[Tensor, ...],
@@ -215,15 +222,43 @@ def _kept(
         return None
     if kept.form == "eager":
         return replace(plain, is_best=True)
+    if kept.call_number != num_calls() and not _still_holds(kept, function, densities, inputs):
+        del _GRAPHS[key]
+        return None
     leaves = pytree.tree_leaves(_content(densities.batch))
     tensors = _contiguous([leaf for leaf in leaves if isinstance(leaf, Tensor)])
-    again = replace(kept, batch_tensors=tensors)
+    again = replace(kept, batch_tensors=tensors, call_number=num_calls())
+    _GRAPHS[key] = again
     elsewhere = tuple(_moved(tensor) for tensor in inputs)
     if not (_same(again(*inputs), expected) and _same(again(*elsewhere), plain(*elsewhere))):
         del _GRAPHS[key]  # a tensor that the model closes over was replaced
         return None
     _GRAPHS.move_to_end(key)
     return again
+
+
+def _still_holds(
+    kept: Accelerated, function: Function, densities: UnitDensities, inputs: Sequence[Tensor]
+) -> bool:
+    """Whether compiled code is that of the graph which the model gives now."""
+    if kept.form != "compiled" or kept.graph is None:
+        return False
+    try:
+        now = traced(function, densities, inputs).graph
+    except RuntimeError:
+        return False
+    return now is not None and now.code == kept.graph.code and _same_constants(now, kept.graph)
+
+
+def _same_constants(first: GraphModule, second: GraphModule) -> bool:
+    names = [str(node.target) for node in first.graph.nodes if node.op == "get_attr"]
+    pairs = [(getattr(first, name), getattr(second, name)) for name in names]
+    return all(a is b or _equal(a, b) for a, b in pairs)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    learned = a.requires_grad or b.requires_grad  # must be the same tensor, not an equal one
+    return not learned and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _moved(tensor: Tensor) -> Tensor:

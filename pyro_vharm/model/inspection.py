@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 
@@ -13,8 +14,10 @@ from pyro_vharm.model.sites import (
     Site,
     fixed_sites,
     is_discrete,
+    is_point_mass,
     latent_sites,
     observed_sites,
+    own_log_prob,
     subsample_sites,
     unconstrained_shape,
 )
@@ -93,7 +96,7 @@ def inspect_pair(
     points = [site for site in observed_sites(trace) if site["name"] in declared]
     proposed = [] if guide_trace is None else latent_sites(guide_trace)
     check_latents(latents, {site["name"] for site in proposed})
-    density = GuideDensity.PER_UNIT
+    density, learned = GuideDensity.PER_UNIT, False
     check_masks(latents, proposed)
     if guide is not None and guide_trace is not None:
         check_sites_match(latents, proposed)
@@ -102,6 +105,7 @@ def inspect_pair(
         fixed = fixed_sites(guide_trace, again)
         check_density(latents, proposed, fixed, observed_sites(guide_trace))
         density = GuideDensity.NONE if fixed else GuideDensity.PER_UNIT
+        learned = _has_learned_transforms(guide, with_subsample(batch, indices), proposed)
     layout = unit_layout(latents, observed, proposed, unit_plate, points)
     if density is GuideDensity.PER_UNIT and not _in_plate(proposed, layout):
         density = GuideDensity.TOTAL
@@ -115,10 +119,23 @@ def inspect_pair(
         unguided=frozenset(discrete - guided),
         guided=frozenset(guided),
         guide_density=density,
+        learned_transforms=learned,
         subsampled=frozenset(subsample_sites(trace)),
         declared=frozenset(declared),
     )
     return structure, runs
+
+
+def _has_learned_transforms(guide: PyroFunction, batch: Batch, sites: Sequence[Site]) -> bool:
+    """Whether, at fixed draws, what is computed from them still depends on parameters."""
+    draws = {s["name"]: s["value"].detach() for s in sites if not is_point_mass(s)}
+    with torch.enable_grad():
+        trace = trace_call(guide, batch, FixedSites(draws))
+        return any(
+            site["value"].requires_grad or own_log_prob(site).requires_grad
+            for site in latent_sites(trace)
+            if is_point_mass(site)
+        )
 
 
 def _in_plate(sites: Sequence[Site], layout: UnitLayout) -> bool:

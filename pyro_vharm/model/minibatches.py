@@ -30,7 +30,7 @@ def cut_batch(densities: UnitDensities, size: int) -> list[Batch]:
         return [whole]
     if not structure.per_unit:
         return [whole]
-    parts = torch.randperm(num_units).split(size)
+    parts = torch.randperm(num_units).tensor_split(-(-num_units // size))
     cut = [_select(whole, part, num_units) for part in parts]
     return cut if _same_densities(densities, cut[0], parts[0]) else [whole]
 

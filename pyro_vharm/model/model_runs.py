@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -148,12 +149,20 @@ def _with_jacobian(site: Site, mask: Mask, substitute: UnconstrainedSites) -> Fa
 
 
 def _declared_share(sums: UnitSums, structure: Structure, scale: float) -> Tensor | float:
-    """One unit's share of the log prior of sites that count as parameters."""
+    """The log prior of sites that count as parameters: a unit's own, and its share of others'."""
     if not structure.declared:
         return 0.0
-    joint = sums._replace(layout=structure.as_joint().layout, num_units=1)
+    factors = _observed(sums.trace, structure, declared=True)
     units = structure.declared_units or sums.num_units * scale
-    return joint.product(_observed(sums.trace, structure, declared=True)) / units
+    own = [f for f in factors if _in_plate(f[0], structure.layout.plate)]
+    shared = [f for f in factors if not _in_plate(f[0], structure.layout.plate)]
+    joint = sums._replace(layout=structure.as_joint().layout, num_units=1)
+    share = joint.product(shared) / units
+    return share if math.isinf(units) else share + sums.product(own)
+
+
+def _in_plate(site: Site, plate: str | None) -> bool:
+    return any(frame.name == plate for frame in site["cond_indep_stack"])
 
 
 def _recorded_volumes(sums: UnitSums, substitute: UnconstrainedSites) -> list[Factor]:

@@ -17,7 +17,7 @@ from pyro_vharm.model.declared import DeclaredModel, declare
 from pyro_vharm.model.densities import LatentSite, UnitDensities
 from pyro_vharm.model.inspection import inspect_pair
 from pyro_vharm.model.parameters import Parameters, capture_parameters, check_disjoint
-from pyro_vharm.model.sites import latent_sites, masked_where, unconstrained_shape
+from pyro_vharm.model.sites import latent_sites, unconstrained_shape
 from pyro_vharm.model.structure import GuideDensity, Structure
 from pyro_vharm.model.subsampling import whole_batches
 from pyro_vharm.model.tracing import PyroFunction
@@ -58,6 +58,10 @@ class Problem:
     def layout(self) -> UnitLayout:
         """Which batch dim counts units."""
         return self.densities[0].layout
+
+    def with_prior_shared_by(self, units: float | None) -> Problem:
+        """The same with the log prior of declared parameters shared among so many units."""
+        return replace(self, densities=_share_prior(list(self.densities), units))
 
     @property
     def guide_density(self) -> GuideDensity:
@@ -139,9 +143,8 @@ def _batch_densities(
         if len(parts) > 1:
             structure, runs = inspect_pair(model, guide, part, unit_plate, declared)
         made = _densities(model, guide, part, structure, runs.model)
-        masks = {site["name"]: masked_where(site) for site in latent_sites(runs.model)}
         with torch.no_grad(), reporting("model or guide"):
-            densities.append(check_densities(made, masks, checked))
+            densities.append(check_densities(made, latent_sites(runs.model), checked))
         checked = densities[0].structure
     return densities
 

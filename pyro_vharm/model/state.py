@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,15 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-__all__ = ["untouched"]
+__all__ = ["num_calls", "untouched"]
+
+
+_COUNTER = {"calls": 0}
+
+
+def num_calls() -> int:
+    """How many public calls were begun: what a user could change, changes between two of them."""
+    return _COUNTER["calls"]
 
 
 @contextmanager
@@ -32,6 +41,7 @@ def untouched(seed: int, *functions: Callable[..., Any] | None) -> Iterator[None
         functions: models and guides that are about to be run.
     """
     modules = [_kept_module(module) for module in _modules(functions)]
+    _COUNTER["calls"] += 1
     store = pyro.get_param_store()
     state = store.get_state()
     leaves = list(state["params"].values())
@@ -131,10 +141,16 @@ def _parts(value: Any) -> list[Any]:
         return [value.__self__, *getattr(value.__self__, "__dict__", {}).values(), value.__func__]
     if inspect.isfunction(value):
         known = value.__globals__
-        held = [known[name] for name in value.__code__.co_names if name in known]
+        held = [known[name] for name in _names(value.__code__) if name in known]
         return held + [content for cell in value.__closure__ or () for content in _contents(cell)]
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if callable(value) and not isinstance(value, type):
-        return list(getattr(value, "__dict__", {}).values())
+        return [*getattr(value, "__dict__", {}).values(), type(value).__call__]
     return []
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names that code and the functions inside it look up."""
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))

@@ -50,6 +50,8 @@ class Structure:
         guide_density: in what form log q can be had; per unit where there is no guide.
         model_runs: how the model is run for many particles.
         guide_runs: how the guide is.
+        learned_transforms: whether the guide computes latents from its draws by a function that
+            has parameters of its own, beside the distributions of the draws.
         subsampled: plates that subsample at random.
         declared: sites that count as parameters θ.
         declared_units: among how many units the log prior of those is shared out; ``None``: among
@@ -64,6 +66,7 @@ class Structure:
     guide_density: GuideDensity
     model_runs: Vectorisation = by_loop
     guide_runs: Vectorisation = by_loop
+    learned_transforms: bool = False
     subsampled: frozenset[str] = frozenset()
     declared: frozenset[str] = frozenset()
     declared_units: float | None = None

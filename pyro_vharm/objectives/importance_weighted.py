@@ -59,6 +59,10 @@ def importance_weighted_bound(
     pass of Σ w̃ log p then gives both parts. The guide is run a second time at its draws as fixed
     leaves, so that log q enters as a function of h alone.
 
+    A guide that computes latents from its draws by a function with parameters of its own
+    (AutoStructured, AutoGaussian) takes the plain pathwise gradient Σ w̃ ∇ log w: the function's
+    part of log q is no score term, and must stay.
+
     Raises:
         InputError: if a site of the guide cannot be reparameterised.
 
@@ -81,10 +85,12 @@ def importance_weighted_bound(
     values, weights = _bound_and_weights(at.log_joint, drawn.log_guide, num_particles)
     if batch.num_padded:
         values, weights[:, -batch.num_padded :] = values[: -batch.num_padded], 0.0
+    shares = weights / num_replicates
+    if structure.learned_transforms:
+        return UnitBound(values, (shares * (at.log_joint - drawn.log_guide)).sum(), at.scale)
     for name, value in latents.items():
         if value.requires_grad:
             value.register_hook(_scaled_by(layout.over_site(weights, dims[name].event_dim)))
-    shares = weights / num_replicates
     surrogate = (shares * at.log_joint).sum()
 
     leaves = {name: drawn.values[name].detach().requires_grad_() for name in drawn.random}
@@ -222,7 +228,7 @@ class ImportanceWeightedELBO(ELBO):  # type: ignore[misc]
 
     def _find_structure(self, model: PyroFunction, guide: PyroFunction, batch: Batch) -> Structure:
         kinds = tuple(_kind(leaf) for leaf in pytree.tree_leaves((batch.args, dict(batch.kwargs))))
-        key = id(model), id(guide), kinds
+        key = model, guide, kinds  # the objects: an id may come back after they are gone
         if key not in self._structures:
             self._structures[key] = objective_structure(model, guide, batch, self.unit_plate)
             check_disjoint(*capture_pair(model, guide, batch))
