@@ -131,6 +131,8 @@ def accelerate(
     plain(*inputs)
     work = num_calls * (time.perf_counter() - started)
     key = _key(function, densities, inputs)
+    if _is_new_to_this_call(key) and work < _WORTH_TRACING:
+        return plain
     kept = _kept(key, plain, function, densities, inputs, expected)
     if kept is not None and (kept.is_best or work < _WORTH_COMPILING):
         return kept
@@ -222,7 +224,7 @@ def _kept(
         return None
     if kept.form == "eager":
         return replace(plain, is_best=True)
-    if kept.call_number != num_calls() and not _still_holds(kept, function, densities, inputs):
+    if _is_new_to_this_call(key) and not _still_holds(kept, function, densities, inputs):
         del _GRAPHS[key]
         return None
     leaves = pytree.tree_leaves(_content(densities.batch))
@@ -235,6 +237,12 @@ def _kept(
         return None
     _GRAPHS.move_to_end(key)
     return again
+
+
+def _is_new_to_this_call(key: Hashable) -> bool:
+    """Whether a graph is kept that must be traced anew before it may be used."""
+    kept = _GRAPHS.get(key)
+    return kept is not None and kept.form != "eager" and kept.call_number != num_calls()
 
 
 def _still_holds(
