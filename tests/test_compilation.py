@@ -274,11 +274,11 @@ def test_compiled_code_outlives_a_call_where_the_graph_is_the_same(monkeypatch):
     monkeypatch.setattr(compilation, "_WORTH_COMPILING", 0.0)
     densities = densities_of(model)
     first = accelerate(log_joint, densities, (LATENTS,), MANY)
-    monkeypatch.setattr(compilation, "num_calls", lambda: 10**6)
+    monkeypatch.setattr(compilation, "current_call", lambda: 10**6)
     assert accelerate(log_joint, densities, (LATENTS,), 1).form == "eager", "not worth a trace"
     again = accelerate(log_joint, densities, (LATENTS,), MANY)
     assert again.call is first.call and again.form == "compiled"
-    monkeypatch.setattr(compilation, "num_calls", lambda: 10**6 + 1)
+    monkeypatch.setattr(compilation, "current_call", lambda: 10**6 + 1)
     monkeypatch.setitem(OFFSET, "value", torch.tensor(1e-9, dtype=torch.float64))
     other = accelerate(log_joint, densities, (LATENTS,), MANY)
     assert other.call is not first.call, "another constant, however near"

@@ -83,7 +83,9 @@ def test_autoguides_have_pyros_elbo_and_lead_to_the_evidence(make_guide):
     case = linear_gaussian()
     problem = assert_pyros_elbo(case, guide := ready(make_guide, case))
     per_unit = make_guide in PER_UNIT
-    assert problem.guide_density is (GuideDensity.PER_UNIT if per_unit else GuideDensity.TOTAL)
+    assert problem.densities[0].structure.guide_density is (
+        GuideDensity.PER_UNIT if per_unit else GuideDensity.TOTAL
+    )
     gap = vh.inference_gap(case.model, guide, case.data, refit=QUICK, progress=False)
     assert (gap.evidence.per_unit.values - case.exact).abs().max() < 1e-6
     assert gap.elbo.units_each == (1 if per_unit else len(case.exact))
@@ -239,7 +241,7 @@ def test_easy_guides_are_evaluated_per_unit():
 
     guide(*case.data)
     problem = assert_pyros_elbo(case, guide)
-    assert problem.guide_density is GuideDensity.PER_UNIT
+    assert problem.densities[0].structure.guide_density is GuideDensity.PER_UNIT
 
 
 def test_easy_guides_with_a_map_estimate_take_it_as_a_parameter():
@@ -280,7 +282,7 @@ def test_flows_through_zuko():
             pyro.sample("h", ZukoToPyro(flow(v)))
 
     problem = assert_pyros_elbo(case, guide)
-    assert problem.guide_density is GuideDensity.PER_UNIT
+    assert problem.densities[0].structure.guide_density is GuideDensity.PER_UNIT
     gap = vh.inference_gap(case.model, guide, case.data, refit=QUICK, progress=False)
     assert gap.approximation is None, "a flow has no arguments to free"
 

@@ -20,7 +20,7 @@ from pyro_vharm.errors import UncompiledWarning
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.parameters import capture_parameters
-from pyro_vharm.model.state import num_calls
+from pyro_vharm.model.state import current_call
 
 __all__ = ["Accelerated", "accelerate", "compiled", "eager", "forget_compiled", "traced"]
 
@@ -87,7 +87,7 @@ def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.recompile()
     _refuse_random(graph)
-    return Accelerated(graph, lifted, "graph", graph=graph, call_number=num_calls())
+    return Accelerated(graph, lifted, "graph", graph=graph, call_number=current_call())
 
 
 def compiled(function: Function, densities: UnitDensities, inputs: Sequence[Tensor]) -> Accelerated:
@@ -229,7 +229,7 @@ def _kept(
         return None
     leaves = pytree.tree_leaves(_content(densities.batch))
     tensors = _contiguous([leaf for leaf in leaves if isinstance(leaf, Tensor)])
-    again = replace(kept, batch_tensors=tensors, call_number=num_calls())
+    again = replace(kept, batch_tensors=tensors, call_number=current_call())
     _GRAPHS[key] = again
     elsewhere = tuple(_moved(tensor) for tensor in inputs)
     if not (_same(again(*inputs), expected) and _same(again(*elsewhere), plain(*elsewhere))):
@@ -242,7 +242,7 @@ def _kept(
 def _is_new_to_this_call(key: Hashable) -> bool:
     """Whether a graph is kept that must be traced anew before it may be used."""
     kept = _GRAPHS.get(key)
-    return kept is not None and kept.form != "eager" and kept.call_number != num_calls()
+    return kept is not None and kept.form != "eager" and kept.call_number != current_call()
 
 
 def _still_holds(

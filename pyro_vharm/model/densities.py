@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.guide_runs import run_guide
-from pyro_vharm.model.model_runs import ModelRun, run_model
+from pyro_vharm.model.model_runs import ModelRun, run_model, run_model_at
 from pyro_vharm.model.structure import GuideDensity, Structure
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.model.units import UnitLayout
@@ -185,16 +185,7 @@ class UnitDensities:
         assert self.has_guide_density, "callers check for a guide's density first"
         assert self.guide is not None
         drawn = run_guide(self.guide, self.batch, self.structure, num_particles)
-        at = run_model(
-            self.model,
-            self.batch,
-            self.structure,
-            num_particles,
-            values=drawn.values,
-            masks=drawn.masks,
-            summed=self.structure.unguided,
-            record=True,
-        )
+        at = run_model_at(self.model, self.batch, self.structure, num_particles, drawn, record=True)
         volume = self._counted(at.log_abs_det)
         log_guide = drawn.log_guide.to(at.log_joint)
         if self.structure.per_unit:

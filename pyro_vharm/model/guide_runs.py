@@ -49,7 +49,7 @@ def run_guide(
     values: Mapping[str, Tensor] | None = None,
 ) -> GuideRun:
     """Run the guide, at fresh draws or at given values of its random sites."""
-    layout = structure.layout if structure.per_unit else structure.as_joint().layout
+    layout = structure.as_guide_splits().layout
     seen: dict[str, Any] = {}
 
     def run(given: dict[str, Tensor], count: int | None) -> Any:

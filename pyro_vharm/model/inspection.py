@@ -14,6 +14,7 @@ from pyro_vharm.model.sites import (
     Site,
     fixed_sites,
     is_discrete,
+    is_in_plate,
     is_point_mass,
     latent_sites,
     observed_sites,
@@ -23,7 +24,7 @@ from pyro_vharm.model.sites import (
 )
 from pyro_vharm.model.structure import GuideDensity, SiteDims, Structure
 from pyro_vharm.model.tracing import FixedSites, PyroFunction, trace_call
-from pyro_vharm.model.units import UnitLayout, unit_layout
+from pyro_vharm.model.units import unit_layout
 from pyro_vharm.model.validation import (
     check_density,
     check_latents,
@@ -101,13 +102,14 @@ def inspect_pair(
     if guide is not None and guide_trace is not None:
         check_sites_match(latents, proposed)
         indices = {name: site["value"] for name, site in subsample_sites(guide_trace).items()}
-        again = trace_call(guide, with_subsample(batch, indices))
-        fixed = fixed_sites(guide_trace, again)
+        held = with_subsample(batch, indices)
+        fixed = fixed_sites(guide_trace, trace_call(guide, held))
         check_density(latents, proposed, fixed, observed_sites(guide_trace))
         density = GuideDensity.NONE if fixed else GuideDensity.PER_UNIT
-        learned = _has_learned_transforms(guide, with_subsample(batch, indices), proposed)
+        learned = _has_learned_transforms(guide, held, proposed)
     layout = unit_layout(latents, observed, proposed, unit_plate, points)
-    if density is GuideDensity.PER_UNIT and not _in_plate(proposed, layout):
+    split = layout.plate is None or all(is_in_plate(site, layout.plate) for site in proposed)
+    if density is GuideDensity.PER_UNIT and not split:
         density = GuideDensity.TOTAL
     names = tuple(site["name"] for site in latents if not is_discrete(site))
     discrete = {site["name"] for site in latents if is_discrete(site)}
@@ -136,12 +138,6 @@ def _has_learned_transforms(guide: PyroFunction, batch: Batch, sites: Sequence[S
             for site in latent_sites(trace)
             if is_point_mass(site)
         )
-
-
-def _in_plate(sites: Sequence[Site], layout: UnitLayout) -> bool:
-    return layout.plate is None or all(
-        any(frame.name == layout.plate for frame in site["cond_indep_stack"]) for site in sites
-    )
 
 
 def _dims(sites: Sequence[Site], continuous: Collection[str] = ()) -> dict[str, SiteDims]:

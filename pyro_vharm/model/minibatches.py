@@ -11,7 +11,7 @@ from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.guide_runs import GuideRun, run_guide
-from pyro_vharm.model.model_runs import run_model
+from pyro_vharm.model.model_runs import run_model_at
 
 __all__ = ["cut_batch"]
 
@@ -25,10 +25,9 @@ def cut_batch(densities: UnitDensities, size: int) -> list[Batch]:
     size) the batch is returned whole.
     """
     whole, num_units = densities.batch, densities.num_units
-    structure = densities.structure
-    if num_units <= size or densities.layout.plate is None or not densities.has_guide_density:
+    if num_units <= size or densities.layout.plate is None:
         return [whole]
-    if not structure.per_unit:
+    if not (densities.has_guide_density and densities.structure.per_unit):
         return [whole]
     parts = torch.randperm(num_units).tensor_split(-(-num_units // size))
     cut = [_select(whole, part, num_units) for part in parts]
@@ -74,15 +73,7 @@ def _same_densities(densities: UnitDensities, part: Batch, units: Tensor) -> boo
 
 
 def _log_joint(densities: UnitDensities, batch: Batch, drawn: GuideRun) -> Tensor:
-    return run_model(
-        densities.model,
-        batch,
-        densities.structure,
-        2,
-        values=drawn.values,
-        masks=drawn.masks,
-        summed=densities.structure.unguided,
-    ).log_joint
+    return run_model_at(densities.model, batch, densities.structure, 2, drawn).log_joint
 
 
 def _select_site(value: Tensor, units: Tensor, dim: int | None, event_dim: int) -> Tensor:

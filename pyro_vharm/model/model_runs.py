@@ -13,9 +13,11 @@ from torch import Tensor
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.enumeration import Factor
+from pyro_vharm.model.guide_runs import GuideRun
 from pyro_vharm.model.sites import (
     Mask,
     Site,
+    is_in_plate,
     latent_sites,
     log_prob_at,
     observed_sites,
@@ -26,7 +28,7 @@ from pyro_vharm.model.tracing import FixedSites, PyroFunction, UnconstrainedSite
 from pyro_vharm.model.unit_sums import UnitSums, count_units
 from pyro_vharm.model.units import site_scale
 
-__all__ = ["ModelRun", "run_model"]
+__all__ = ["ModelRun", "run_model", "run_model_at"]
 
 
 class ModelRun(NamedTuple):
@@ -119,6 +121,28 @@ def run_model(
     return ModelRun(*structure.model_runs(run, given, num_particles), **seen)
 
 
+def run_model_at(
+    model: PyroFunction,
+    batch: Batch,
+    structure: Structure,
+    num_particles: int,
+    drawn: GuideRun,
+    *,
+    record: bool = False,
+) -> ModelRun:
+    """`run_model` at what the guide drew, under its masks, latents without a guide site summed."""
+    return run_model(
+        model,
+        batch,
+        structure,
+        num_particles,
+        values=drawn.values,
+        masks=drawn.masks,
+        summed=structure.unguided,
+        record=record,
+    )
+
+
 def _prior_and_joint(
     sums: UnitSums, prior: list[Factor], likelihood: list[Factor], enumerated: bool
 ) -> tuple[Tensor, Tensor]:
@@ -154,15 +178,11 @@ def _declared_share(sums: UnitSums, structure: Structure, scale: float) -> Tenso
         return 0.0
     factors = _observed(sums.trace, structure, declared=True)
     units = structure.declared_units or sums.num_units * scale
-    own = [f for f in factors if _in_plate(f[0], structure.layout.plate)]
-    shared = [f for f in factors if not _in_plate(f[0], structure.layout.plate)]
+    own = [f for f in factors if is_in_plate(f[0], structure.layout.plate)]
+    shared = [f for f in factors if not is_in_plate(f[0], structure.layout.plate)]
     joint = sums._replace(layout=structure.as_joint().layout, num_units=1)
     share = joint.product(shared) / units
     return share if math.isinf(units) else share + sums.product(own)
-
-
-def _in_plate(site: Site, plate: str | None) -> bool:
-    return any(frame.name == plate for frame in site["cond_indep_stack"])
 
 
 def _recorded_volumes(sums: UnitSums, substitute: UnconstrainedSites) -> list[Factor]:

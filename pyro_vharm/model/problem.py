@@ -21,6 +21,7 @@ from pyro_vharm.model.sites import latent_sites, unconstrained_shape
 from pyro_vharm.model.structure import GuideDensity, Structure
 from pyro_vharm.model.subsampling import whole_batches
 from pyro_vharm.model.tracing import PyroFunction
+from pyro_vharm.model.unit_sums import count_units
 from pyro_vharm.model.units import UnitLayout, site_scale
 from pyro_vharm.model.validation import check_same_kind, reporting
 
@@ -62,11 +63,6 @@ class Problem:
     def with_prior_shared_by(self, units: float | None) -> Problem:
         """The same with the log prior of declared parameters shared among so many units."""
         return replace(self, densities=_share_prior(list(self.densities), units))
-
-    @property
-    def guide_density(self) -> GuideDensity:
-        """In what form log q can be had."""
-        return self.densities[0].structure.guide_density
 
 
 def prepare(
@@ -170,7 +166,7 @@ def _densities(
         batch=batch,
         structure=structure,
         sites=_packing(trace, structure),
-        num_units=_plate_size(trace, structure.layout) - batch.num_padded,
+        num_units=count_units(trace, structure.layout) - batch.num_padded,
         dtype=dtype,
         device=device,
     )
@@ -184,12 +180,6 @@ def _packing(trace: Trace, structure: Structure) -> tuple[LatentSite, ...]:
         padded = (1,) * (structure.layout.max_plate_nesting - len(batch_shape)) + batch_shape
         sites.append(LatentSite(name, padded, unconstrained_shape(site)))
     return tuple(sites)
-
-
-def _plate_size(trace: Trace, layout: UnitLayout) -> int:
-    frames = latent_sites(trace)[0]["cond_indep_stack"]
-    sizes: list[int] = [frame.size for frame in frames if frame.name == layout.plate]
-    return sizes[0] if sizes else 1
 
 
 def _kind(trace: Trace, structure: Structure) -> tuple[torch.dtype, torch.device]:

@@ -19,6 +19,7 @@ __all__ = [
     "fixed_sites",
     "is_discrete",
     "is_improper",
+    "is_in_plate",
     "is_masked_in_part",
     "is_periodic",
     "is_point_mass",
@@ -125,6 +126,11 @@ def _splits_events(fn: Any) -> bool:
         return _splits_events(fn.base_dist)
     whole = mask.expand(inner.batch_shape).flatten(-fn.reinterpreted_batch_ndims)
     return bool((whole.any(-1) != whole.all(-1)).any())
+
+
+def is_in_plate(site: Site, plate: str | None) -> bool:
+    """Whether the site stands inside a plate."""
+    return any(frame.name == plate for frame in site["cond_indep_stack"])
 
 
 def is_discrete(site: Site) -> bool:

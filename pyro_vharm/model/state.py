@@ -16,14 +16,14 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-__all__ = ["num_calls", "untouched"]
+__all__ = ["current_call", "untouched"]
 
 
 _COUNTER = {"calls": 0}
 
 
-def num_calls() -> int:
-    """How many public calls were begun: what a user could change, changes between two of them."""
+def current_call() -> int:
+    """The number of the last public call begun: a user changes things between two of them."""
     return _COUNTER["calls"]
 
 

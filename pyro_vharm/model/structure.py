@@ -86,6 +86,10 @@ class Structure:
         layout = UnitLayout(None, None, self.layout.max_plate_nesting)
         return replace(self, layout=layout)
 
+    def as_guide_splits(self) -> Structure:
+        """The same, with all units as one where log q cannot be had for each."""
+        return self if self.per_unit else self.as_joint()
+
     def spread(self, values: Mapping[str, Tensor], num_particles: int) -> dict[str, Tensor]:
         """Expand the values of a run under a plate of particles where they lack its dim."""
         spread = {}

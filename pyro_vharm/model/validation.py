@@ -38,25 +38,19 @@ _FIRST_RUN = (
     "Check that the data are what it takes, that plate sizes equal the number of units in the "
     "call, and that data and parameters have one dtype and one device."
 )
-_FIRST_PARTICLES = (
-    "It ran for one particle: many are drawn at once under an outermost plate, so every operation "
-    "must broadcast over an extra batch dim on the left (no reshape, expand or squeeze to fixed "
-    "shapes; index event dims from the right)."
-)
 
 
 @contextmanager
-def reporting(what: str, *, particles: bool = False) -> Iterator[None]:
+def reporting(what: str) -> Iterator[None]:
     """Turn what Pyro or torch raise when first run on the data into an error that says so."""
     try:
         yield
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-        where = "with many particles" if particles else "on the data"
         raise InputError(
-            f"the {what} raised when first run {where} ({type(error).__name__}: {error}). "
-            f"{_FIRST_PARTICLES if particles else _FIRST_RUN}"
+            f"the {what} raised when first run on the data ({type(error).__name__}: {error}). "
+            f"{_FIRST_RUN}"
         ) from error
 
 

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch, with_subsample
-from pyro_vharm.model.guide_runs import GuideRun, run_guide
-from pyro_vharm.model.model_runs import ModelRun, run_model
+from pyro_vharm.model.guide_runs import run_guide
+from pyro_vharm.model.model_runs import run_model_at
 from pyro_vharm.model.parameters import check_disjoint
 from pyro_vharm.model.problem import capture_pair, objective_structure
 from pyro_vharm.model.sites import subsample_sites
@@ -70,7 +70,7 @@ def importance_weighted_bound(
     Lawson, Gu, Maddison (2019); "Sticking the Landing", Roeder, Wu, Duvenaud (2017).
     """
     count = num_particles * num_replicates
-    structure = structure if structure.per_unit else structure.as_joint()
+    structure = structure.as_guide_splits()
     layout, dims = structure.layout, structure.dims
     batch = _hold_indices(model, guide, batch, structure)
     drawn = run_guide(guide, batch, structure, count)
@@ -81,7 +81,7 @@ def importance_weighted_bound(
             "are summed out"
         )
     latents = {name: value.view_as(value) for name, value in drawn.values.items()}
-    at = _model_at(model, batch, structure, count, drawn._replace(values=latents))
+    at = run_model_at(model, batch, structure, count, drawn._replace(values=latents))
     values, weights = _bound_and_weights(at.log_joint, drawn.log_guide, num_particles)
     if batch.num_padded:
         values, weights[:, -batch.num_padded :] = values[: -batch.num_padded], 0.0
@@ -118,20 +118,6 @@ def _hold_indices(
             found = subsample_sites(trace_call(function, batch))
             batch = with_subsample(batch, {name: site["value"] for name, site in found.items()})
     return batch
-
-
-def _model_at(
-    model: PyroFunction, batch: Batch, structure: Structure, count: int, drawn: GuideRun
-) -> ModelRun:
-    return run_model(
-        model,
-        batch,
-        structure,
-        count,
-        values=drawn.values,
-        masks=drawn.masks,
-        summed=structure.unguided,
-    )
 
 
 def _scaled_by(factor: Tensor) -> Callable[[Tensor], Tensor]:
@@ -209,12 +195,12 @@ class ImportanceWeightedELBO(ELBO):  # type: ignore[misc]
         """An estimate of the loss."""
         batch = Batch(args, kwargs)
         structure = self._find_structure(model, guide, batch)
-        structure = structure if structure.per_unit else structure.as_joint()
+        structure = structure.as_guide_splits()
         with torch.no_grad():
             count = self.num_particles * self.num_replicates
             batch = _hold_indices(model, guide, batch, structure)
             drawn = run_guide(guide, batch, structure, count)
-            at = _model_at(model, batch, structure, count, drawn)
+            at = run_model_at(model, batch, structure, count, drawn)
             values, _ = _bound_and_weights(at.log_joint, drawn.log_guide, self.num_particles)
         return -at.scale * float(values.sum())
 
