@@ -78,7 +78,9 @@ def main() -> None:
         reference=dict(zip(names, reference, strict=True)),
         learner=vh.ImportanceWeightedLearner(guide_steps=1500, learning_rate=0.02),
         method=vh.AnnealedImportanceSampling(
-            num_particles=64, num_steps=options.temperatures, num_leapfrog=10
+            num_particles=64,
+            num_steps=options.temperatures,
+            kernel=vh.HamiltonianKernel(num_leapfrog=10),
         ),
     )
     print(audit)

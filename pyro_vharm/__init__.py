@@ -19,12 +19,27 @@ from pyro_vharm.errors import (
     UncompiledWarning,
 )
 from pyro_vharm.estimates import Bound, Estimate, Kind, UnitEstimates
+from pyro_vharm.inference.agreement import Agreement, Confirmation
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.bidirectional import Sandwich, bdmc
 from pyro_vharm.inference.enumeration import Enumeration
 from pyro_vharm.inference.evidence import Evidence, log_evidence
-from pyro_vharm.inference.importance import ImportanceSampling
+from pyro_vharm.inference.hamiltonian import HamiltonianKernel
+from pyro_vharm.inference.importance import (
+    DefensiveMixture,
+    GuideProposal,
+    ImportanceSampling,
+    MatchedGaussian,
+)
 from pyro_vharm.inference.quadrature import Quadrature
+from pyro_vharm.inference.schedules import (
+    AdaptiveSchedule,
+    LinearSchedule,
+    SigmoidSchedule,
+    ThermodynamicLength,
+)
+from pyro_vharm.inference.sequential import SequentialMonteCarlo
+from pyro_vharm.inference.start import MatchedStart, PriorStart
 from pyro_vharm.learning.reference import (
     Attempt,
     ImportanceWeightedLearner,
@@ -41,14 +56,20 @@ from pyro_vharm.output.figures import plot_ledger
 from pyro_vharm.particles import Particles
 
 __all__ = [
+    "AdaptiveSchedule",
+    "Agreement",
     "AnnealedImportanceSampling",
     "Attempt",
     "Audit",
     "Bound",
+    "Confirmation",
+    "DefensiveMixture",
     "Enumeration",
     "Estimate",
     "Evidence",
     "EvidencePair",
+    "GuideProposal",
+    "HamiltonianKernel",
     "ImportanceSampling",
     "ImportanceWeightedELBO",
     "ImportanceWeightedLearner",
@@ -57,14 +78,21 @@ __all__ = [
     "JointUnitWarning",
     "Kind",
     "LearningHarm",
+    "LinearSchedule",
     "LoopedRunsWarning",
+    "MatchedGaussian",
+    "MatchedStart",
     "Parameters",
     "Particles",
+    "PriorStart",
     "Quadrature",
     "Reference",
     "Refit",
     "Sandwich",
+    "SequentialMonteCarlo",
+    "SigmoidSchedule",
     "Simulation",
+    "ThermodynamicLength",
     "UncompiledWarning",
     "UnitEstimates",
     "Verdict",

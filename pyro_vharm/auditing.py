@@ -10,7 +10,7 @@ from pyro_vharm.diagnostics.harm import measure_harm, prepare_heldout, resolve_r
 from pyro_vharm.diagnostics.verdict import Audit, Verdict, judge, material_harm
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import UnitEstimates
-from pyro_vharm.inference.evidence import InferenceMethod, choose_method
+from pyro_vharm.inference.choice import InferenceMethod, choose_method
 from pyro_vharm.learning.reference import (
     Fresh,
     ImportanceWeightedLearner,

@@ -112,6 +112,16 @@ class UnitEstimates:
         """The number of units."""
         return self.values.shape[0] * self.units_each
 
+    def take(self, units: Tensor) -> UnitEstimates:
+        """Those of some of the units, by index."""
+        systematic = None if self.systematic is None else self.systematic[units]
+        return replace(
+            self,
+            values=self.values[units],
+            mc_errors=self.mc_errors[units],
+            systematic=systematic,
+        )
+
     def pooled(self) -> UnitEstimates:
         """All units as one value."""
         return UnitEstimates(

@@ -7,26 +7,30 @@ and, normalised, they stand for its posterior.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from arviz_stats.base import array_stats
 from torch import Tensor
 
-from pyro_vharm.estimates import Kind
+from pyro_vharm.estimates import Kind, UnitEstimates, concatenate
 
 __all__ = [
     "Particles",
     "choose_num_replicates",
     "drop_nonfinite",
     "effective_sample_size",
+    "join_units",
     "log_mean_exp",
     "log_mean_exp_error",
     "pareto_shape",
     "relative_variance",
     "replicate_totals",
     "resample",
+    "systematic_resample",
+    "tail_size",
 ]
 
 
@@ -34,29 +38,76 @@ __all__ = [
 class Particles:
     """Weighted draws of the latents of each unit, given v and θ.
 
-    With P particles, E[(1/P) Σ_p exp(log_weights[p, u])] = p(v_u; θ) for every unit u.
+    With P particles, E[(1/P) Σ_p exp(log_weights[p, u])] = p(v_u; θ) for every unit u, unless
+    `log_evidence` is given.
 
     Attributes:
         unconstrained: latents on the unconstrained scale, shape ``(particle, unit, dim)``.
         log_weights: in nats, shape ``(particle, unit)``.
-        kind: ``ESTIMATED`` for random particles, ``NUMERICAL`` for quadrature nodes.
-        pilot_variance: var(w)/mean(w)² of one weight as an independent pilot saw it, shape
-            ``(unit,)``; decides into how many replicates the particles are split.
+        kind: ``ESTIMATED`` for random particles, ``NUMERICAL`` for quadrature nodes,
+            ``CONDITIONAL`` for the draws of chains.
+        group_size: so many consecutive particles depend on each other, as they were resampled
+            together; groups are independent.
+        pilot_variance: var(w)/mean(w)² of the mean weight w of a group, as an independent pilot
+            saw it, shape ``(unit,)``; decides into how many replicates the particles are split.
         reverse_log_weights: log weights of runs back from posterior draws to the start density,
             with E[exp(−·)] = 1/p(v_u; θ) if those draws were exact, shape ``(particle, unit)``.
         numerical_error: error estimate of log p(v_u; θ) by quadrature, shape ``(unit,)``.
+        log_evidence: of methods that do not average weights; the weights, equal, then only stand
+            for the posterior.
         acceptance: mean acceptance probability of the transitions, shape ``(unit,)``.
+        num_steps: temperatures after the start, shape ``(unit,)``.
+        pareto_shapes: k̂ of all weights drawn, shape ``(unit,)``; see `pareto_shape`.
+        rhat: largest R̂ among the latents of each unit, shape ``(unit,)``, for chains.
+        chain_sizes: least effective number of draws among the latents of each unit, bulk and
+            tail, shape ``(unit,)``, for chains.
         num_nonfinite: how many weights were not finite and so count as zero.
     """
 
     unconstrained: Tensor
     log_weights: Tensor
     kind: Kind
+    group_size: int = 1
     pilot_variance: Tensor | None = None
     reverse_log_weights: Tensor | None = None
     numerical_error: Tensor | None = None
+    log_evidence: UnitEstimates | None = None
     acceptance: Tensor | None = None
+    num_steps: Tensor | None = None
+    pareto_shapes: Tensor | None = None
+    rhat: Tensor | None = None
+    chain_sizes: Tensor | None = None
     num_nonfinite: int = 0
+
+    @property
+    def independent_log_weights(self) -> Tensor:
+        """Log of the mean weight of each group of dependent particles, ``(group, unit)``."""
+        if self.group_size == 1:
+            return self.log_weights
+        return log_mean_exp(self.log_weights.unflatten(0, (-1, self.group_size)), dim=1)
+
+
+def join_units(parts: Sequence[tuple[Tensor, Particles]]) -> Particles:
+    """Particles of all units from those of parts, each given with the indices of its units."""
+    order = torch.cat([units for units, _ in parts]).argsort()
+    runs = [run for _, run in parts]
+    if len(runs) == 1:
+        return runs[0]
+
+    def joined(name: str, dim: int) -> Tensor | None:
+        found = [getattr(run, name) for run in runs]
+        present = [field for field in found if field is not None]
+        return torch.cat(present, dim).index_select(dim, order) if present else None
+
+    per_particle = ("unconstrained", "log_weights", "reverse_log_weights")
+    per_unit = ("pilot_variance", "numerical_error", "acceptance", "num_steps", "pareto_shapes")
+    chains = ("rhat", "chain_sizes")
+    fields = {name: joined(name, 1) for name in per_particle}
+    fields |= {name: joined(name, 0) for name in (*per_unit, *chains)}
+    known = [run.log_evidence for run in runs if run.log_evidence is not None]
+    evidence = concatenate(known).take(order) if known else None
+    dropped = sum(run.num_nonfinite for run in runs)
+    return replace(runs[0], **fields, log_evidence=evidence, num_nonfinite=dropped)  # type: ignore[arg-type]
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -73,7 +124,12 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return torch.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
 
 
-def pareto_shape(log_weights: Tensor) -> Tensor:
+def tail_size(num_draws: int) -> int:
+    """How many of the largest weights `pareto_shape` is fitted to."""
+    return math.floor(3 * num_draws**0.5) if num_draws > 225 else num_draws // 5
+
+
+def pareto_shape(log_weights: Tensor, num_draws: int | None = None) -> Tensor:
     """Shape k̂ of a generalised Pareto distribution fitted to the largest weights of each unit.
 
     Weights have about 1/k moments. Above 0.7 their mean and its standard error are not to be
@@ -81,20 +137,23 @@ def pareto_shape(log_weights: Tensor) -> Tensor:
     none is finite.
 
     Args:
-        log_weights: shape ``(particle, unit)``.
+        log_weights: shape ``(particle, unit)``; at least the `tail_size` + 1 largest.
+        num_draws: how many there were; all that are given, if left out.
 
     Source: "Pareto Smoothed Importance Sampling", Vehtari, Simpson, Gelman, Yao, Gabry (2024).
     """
+    missing = 0 if num_draws is None else num_draws - len(log_weights)
     units = log_weights.detach().to("cpu", torch.float64).T.numpy()
-    shapes = [_pareto_shape_of_one(unit[np.isfinite(unit)]) for unit in units]
+    shapes = [_pareto_shape_of_one(unit[np.isfinite(unit)], missing) for unit in units]
     return torch.tensor(shapes, dtype=log_weights.dtype, device=log_weights.device)
 
 
-def _pareto_shape_of_one(finite: np.ndarray) -> float:
+def _pareto_shape_of_one(finite: np.ndarray, missing: int) -> float:
     if len(finite) == 0:
         return math.inf
+    small = np.full(missing, finite.min())  # the fit looks at the largest only
     try:
-        _, shape = array_stats.psislw(-finite)  # it takes minus the log weights, as for LOO
+        _, shape = array_stats.psislw(-np.concatenate([small, finite]))  # minus, as for LOO
     except ValueError:  # all values of the tail are the same
         return -math.inf
     return float(shape)
@@ -173,8 +232,32 @@ def resample(values: Tensor, log_weights: Tensor) -> Tensor:
         values: shape ``(particle, unit, dim)``.
         log_weights: shape ``(particle, unit)``.
     """
-    no_weight = torch.isneginf(log_weights).all(0)
-    log_weights = log_weights.masked_fill(no_weight, 0.0)
-    probabilities = torch.softmax(log_weights, 0).T
-    index = torch.multinomial(probabilities, values.shape[0], replacement=True).T
+    index = torch.multinomial(_probabilities(log_weights), values.shape[0], replacement=True).T
     return values.gather(0, index.unsqueeze(-1).expand_as(values))
+
+
+def systematic_resample(log_weights: Tensor) -> Tensor:
+    """Indices of resampled particles by one uniform number per unit, shape ``(particle, unit)``.
+
+    Particle p is taken N W_p times in expectation, and at least ⌊N W_p⌋ times. A unit all of whose
+    weights are zero keeps every particle.
+
+    Source: "Monte Carlo filter and smoother for non-Gaussian nonlinear state space models",
+    Kitagawa (1996).
+
+    >>> systematic_resample(torch.tensor([[0.0], [-torch.inf], [0.0], [0.0]]).double()).unique()
+    tensor([0, 2, 3])
+    """
+    count = len(log_weights)
+    edges = _probabilities(log_weights).cumsum(-1)
+    ruler = torch.arange(count, dtype=edges.dtype, device=edges.device)
+    offset = torch.rand(len(edges), 1, dtype=edges.dtype, device=edges.device)
+    at = (ruler + offset) / count * edges[:, -1:]
+    return torch.searchsorted(edges, at, right=True).clamp(max=count - 1).T
+
+
+def _probabilities(log_weights: Tensor) -> Tensor:
+    """Normalised weights, ``(unit, particle)``; equal where all are zero. NaN counts as zero."""
+    log_weights = log_weights.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    no_weight = torch.isneginf(log_weights).all(0)
+    return torch.softmax(log_weights.masked_fill(no_weight, 0.0), 0).T.contiguous()

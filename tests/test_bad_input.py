@@ -331,10 +331,10 @@ def test_audits_that_are_refused_before_any_work():
 def test_settings_that_are_refused():
     for make, message in [
         (lambda: vh.ImportanceSampling(num_particles=1), "num_particles"),
-        (lambda: vh.ImportanceSampling(prior_share=1.0), "prior_share"),
+        (lambda: vh.DefensiveMixture(prior_share=1.1), "prior_share"),
         (lambda: vh.AnnealedImportanceSampling(num_steps=0), "num_steps"),
         (lambda: vh.AnnealedImportanceSampling(num_particles=1), "num_particles"),
-        (lambda: vh.AnnealedImportanceSampling(prior_share=-0.1), "prior_share"),
+        (lambda: vh.MatchedStart(prior_share=-0.1), "prior_share"),
         (lambda: vh.AnnealedImportanceSampling(target_acceptance=1.0), "target_acceptance"),
         (lambda: vh.Quadrature(tolerance=0.0), "tolerance"),
         (lambda: vh.Quadrature(max_nodes=2), "max_nodes"),

@@ -12,14 +12,19 @@ from pyro_vharm.inference import bidirectional
 from tests.statistics import Z
 from tests.zoo import linear_gaussian
 
-METHOD = vh.AnnealedImportanceSampling(num_particles=8, num_steps=5, num_leapfrog=3)
+METHOD = vh.AnnealedImportanceSampling(num_particles=8, num_steps=5, kernel=vh.HamiltonianKernel(3))
 
 
 def test_bounds_lie_on_their_sides_and_close_in():
     case = linear_gaussian(num_units=400)
     wide, narrow = (
         vh.bdmc(case.model, case.data, guide=case.guide, method=method, progress=False)
-        for method in (vh.AnnealedImportanceSampling(2, 1, 1, refit_start=False), METHOD)
+        for method in (
+            vh.AnnealedImportanceSampling(
+                2, 1, kernel=vh.HamiltonianKernel(1), start=vh.MatchedStart(refit=False)
+            ),
+            METHOD,
+        )
     )
     for sandwich in (wide, narrow):
         error = float(sandwich.widths.std()) / 20.0
@@ -63,7 +68,7 @@ def test_draws_of_other_units_are_seen(monkeypatch):
         return batch, simulation
 
     monkeypatch.setattr(bidirectional, "simulate_batch", mixed_up)
-    short = vh.AnnealedImportanceSampling(num_particles=8, num_steps=1, num_leapfrog=1)
+    short = vh.AnnealedImportanceSampling(8, 1, kernel=vh.HamiltonianKernel(1))
     sandwich = vh.bdmc(case.model, case.data, guide=case.guide, method=short, progress=False)
     assert float(sandwich.widths.mean()) < -Z * float(sandwich.widths.std()) / 20.0
 

@@ -186,7 +186,11 @@ def test_compiled_annealing_gives_the_numbers_of_eager_annealing(monkeypatch):
             pyro.sample("v", dist.Normal(1.5 * h, 0.8), obs=v)
 
     method = vh.AnnealedImportanceSampling(
-        num_particles=4, num_steps=2, num_leapfrog=2, num_settling=1, refit_start=False
+        num_particles=4,
+        num_steps=2,
+        kernel=vh.HamiltonianKernel(2),
+        num_settling=1,
+        start=vh.MatchedStart(refit=False),
     )
     runs = {}
     for form, limits in {"eager": (MANY, MANY), "compiled": (0.0, 0.0)}.items():
@@ -232,7 +236,9 @@ def test_inputs_and_data_may_have_any_strides(form):
 def test_annealing_on_graphs_gives_the_numbers_of_eager_annealing(monkeypatch, make):
     """A graph runs the same operations, so nothing differs, whatever the strides of the draws."""
     case = make()
-    method = vh.AnnealedImportanceSampling(num_particles=4, num_steps=2, num_leapfrog=2)
+    method = vh.AnnealedImportanceSampling(
+        num_particles=4, num_steps=2, kernel=vh.HamiltonianKernel(2)
+    )
     runs = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", vh.JointUnitWarning)

@@ -206,7 +206,7 @@ def test_undecided_when_the_bounds_are_too_wide(effects):
         (effects,),
         reference={"a": exact},
         material=1e-3,
-        method=vh.AnnealedImportanceSampling(num_particles=2, num_steps=1, num_leapfrog=1),
+        method=vh.AnnealedImportanceSampling(2, 1, kernel=vh.HamiltonianKernel(1)),
         learner=LEARNER,
         refit=vh.Refit(num_steps=5, num_particles=50),
         progress=False,

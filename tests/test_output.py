@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 import pyro_vharm as vh
 from tests.test_diagnostics import set_tied, tied_guide, tied_model
 
-METHOD = vh.AnnealedImportanceSampling(num_particles=4, num_steps=2, num_leapfrog=2)
+METHOD = vh.AnnealedImportanceSampling(num_particles=4, num_steps=2, kernel=vh.HamiltonianKernel(2))
 
 
 @pytest.fixture

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import UnitEstimates
-from pyro_vharm.inference.evidence import (
-    Evidence,
-    InferenceMethod,
-    choose_method,
-    estimate_evidence,
-)
+from pyro_vharm.inference.agreement import Confirmation
+from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
+from pyro_vharm.inference.evidence import Evidence, estimate_evidence
 from pyro_vharm.learning.refit import Refit, elbo_over_batches, refitted_elbo
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.problem import Problem, prepare
@@ -128,12 +125,12 @@ def inference_gap(
         return measure_gap(problem, chosen, refit or Refit(), progress=progress)
 
 
-def measure_gap(
-    problem: Problem, method: InferenceMethod, refit: Refit, *, progress: bool
-) -> InferenceGap:
+def measure_gap(problem: Problem, choice: Choice, refit: Refit, *, progress: bool) -> InferenceGap:
     """`inference_gap` for a problem that is prepared, at the parameters it holds now."""
     return InferenceGap(
-        evidence=estimate_evidence(problem.densities, method, progress=progress),
+        evidence=estimate_evidence(
+            problem.densities, choice, confirmation=Confirmation(), progress=progress
+        ),
         elbo=elbo_over_batches(problem, refit.num_particles),
         refitted_elbo=refitted_elbo(problem, refit, progress=progress),
     )

@@ -11,12 +11,8 @@ import torch
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Bound, Estimate, UnitEstimates
-from pyro_vharm.inference.evidence import (
-    Evidence,
-    InferenceMethod,
-    choose_method,
-    estimate_evidence,
-)
+from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
+from pyro_vharm.inference.evidence import Evidence, estimate_evidence
 from pyro_vharm.learning.reference import (
     ImportanceWeightedLearner,
     Reference,
@@ -361,17 +357,17 @@ def measure_harm(
     reference: Reference,
     heldout: Problem | None,
     notes: tuple[str, ...],
-    method: InferenceMethod,
+    choice: Choice,
     refit: Refit,
     *,
     progress: bool,
 ) -> LearningHarm:
     """`learning_harm` from a prepared problem, at whose parameters `learned` was measured."""
     theta, phi = problem.model_parameters, problem.guide_parameters
-    held_learned, held_elbo = _heldout(heldout, method, refit, progress)
+    held_learned, held_elbo = _heldout(heldout, choice, refit, progress)
     with theta.at(reference.model_values), phi.at(reference.guide_values):
-        reference_gap = measure_gap(problem, method, refit, progress=progress)
-        held_reference, _ = _heldout(heldout, method, refit, progress)
+        reference_gap = measure_gap(problem, choice, refit, progress=progress)
+        held_reference, _ = _heldout(heldout, choice, refit, progress)
     pair = None
     if held_learned is not None and held_reference is not None:
         pair = EvidencePair(held_learned, held_reference)
@@ -379,11 +375,11 @@ def measure_harm(
 
 
 def _heldout(
-    heldout: Problem | None, method: InferenceMethod, refit: Refit, progress: bool
+    heldout: Problem | None, choice: Choice, refit: Refit, progress: bool
 ) -> tuple[Evidence | None, UnitEstimates | None]:
     if heldout is None:
         return None, None
-    evidence = estimate_evidence(heldout.densities, method, progress=progress)
+    evidence = estimate_evidence(heldout.densities, choice, progress=progress)
     if heldout.guide is None:
         return evidence, None
     return evidence, elbo_over_batches(heldout, refit.num_particles)

@@ -107,6 +107,9 @@ def judge(harm: LearningHarm, material: float) -> Verdict:
 def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
     estimate, lower, upper = harm.harm, harm.train.lower(), harm.train.upper()
     shown = f"{_shown(estimate)} nats in total on the training data"
+    contradicted = _contradicted(harm)
+    if contradicted:
+        return "undecided", contradicted
     if lower is not None and lower.value > material:
         certainty = "" if lower.confidence == 1 else f" with {lower.confidence:.0%} confidence"
         return "harm", (
@@ -136,6 +139,18 @@ def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
         f"The reference is better by {shown}, but {grounds}, so harm of {material:g} nats can be "
         f"neither shown nor ruled out. {mend}"
     )
+
+
+def _contradicted(harm: LearningHarm) -> str:
+    """What a second method found that speaks against one of the two evidences."""
+    pair = {"as learned": harm.train.learned, "at the reference": harm.train.reference}
+    found = [
+        f"The log evidence {where} is not to be trusted: a method that starts elsewhere finds more "
+        f"({evidence.agreement})."
+        for where, evidence in pair.items()
+        if evidence.agreement is not None and evidence.agreement.outcome == "contradicts"
+    ]
+    return " ".join([*found, "Pass a method= that finds every mode."]) if found else ""
 
 
 def _limit(harm: LearningHarm) -> float | None:

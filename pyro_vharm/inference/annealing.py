@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -11,88 +13,97 @@ from tqdm.auto import tqdm
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind
-from pyro_vharm.inference.hamiltonian import Transition, hamiltonian_transition
-from pyro_vharm.inference.path import AnnealingPath, PathState, annealing_path
-from pyro_vharm.inference.start import StartDensity, match_gaussian, match_start
+from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
+from pyro_vharm.inference.path import PathState
+from pyro_vharm.inference.refitting import refit_start
+from pyro_vharm.inference.schedules import AdaptiveSchedule, Schedule, ThermodynamicLength
+from pyro_vharm.inference.start import MatchedStart, PriorStart, StartDensity, match_start
+from pyro_vharm.inference.tempering import first_step_sizes, temper, tune_step
 from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.minibatches import unit_blocks, unit_selector
 from pyro_vharm.particles import (
     Particles,
     drop_nonfinite,
+    join_units,
     relative_variance,
     resample,
 )
 
 __all__ = ["AnnealedImportanceSampling", "AnnealedPlan", "anneal_forward", "anneal_reverse"]
 
+_ROWS_AT_ONCE = 2**14
 _PILOT_SWEEPS = 2
-_FIRST_STEP_SIZE = 0.5
-_PILOT_DRAWS, _PILOT_DRAWS_PER_DIM = 200, 20
+_LARGEST_RISE = 8
 
 
 class AnnealedPlan(NamedTuple):
     """Everything that a pilot fixes before the run that counts.
 
     Attributes:
-        path: from the normalised density f_0 to the joint density.
-        temperatures: 0 = β_0 < … < β_T = 1, shape ``(T + 1,)``.
+        moves: transitions along the path from the normalised density f_0 to the joint density.
+        temperatures: 0 = β_0 < … < β_T = 1 per unit, shape ``(T + 1, unit)``.
         step_sizes: of the transition at each β_t, t ≥ 1, per unit, shape ``(T, unit)``.
-        num_leapfrog: leapfrog steps of each transition.
     """
 
-    path: AnnealingPath
+    moves: HamiltonianMoves
     temperatures: Tensor
     step_sizes: Tensor
-    num_leapfrog: int
 
     @property
-    def start(self) -> StartDensity:
-        """The density f_0."""
-        return self.path.start
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.step_sizes)
+
+    def move(self, t: int, state: PathState) -> tuple[PathState, Tensor]:
+        """The transition that leaves f_{β_t} invariant, and its acceptance probabilities."""
+        return self.moves(state, self.temperatures[t], self.step_sizes[t - 1])
 
 
-class _Tuned(NamedTuple):
-    plan: AnnealedPlan
-    state: PathState
-    log_weights: Tensor
+class Weighted(NamedTuple):
+    """Where an annealing run ended.
 
+    Attributes:
+        latents: shape ``(particle, unit, dim)``.
+        log_weights: shape ``(particle, unit)``.
+        acceptance: mean acceptance probabilities, shape ``(particle, unit)``.
+    """
 
-class _Weighted(NamedTuple):
     latents: Tensor
     log_weights: Tensor
     acceptance: Tensor
 
 
-def anneal_forward(plan: AnnealedPlan, latents: Tensor) -> _Weighted:
+def anneal_forward(plan: AnnealedPlan, latents: Tensor) -> Weighted:
     """Carry draws of the start density along log f_β = (1 − β) log f_0 + β log p(v, h; θ).
 
     The weight Π_t f_{β_t}(h_{t−1}) / f_{β_{t−1}}(h_{t−1}) has mean p(v; θ), whatever the
     transitions, as long as each leaves its f_{β_t} invariant.
     """
-    state = plan.path.at(latents)
+    state = plan.moves.at(latents)
     log_weights = torch.zeros_like(state.log_joint)
     acceptance = torch.zeros_like(log_weights)
-    for t, change in enumerate(plan.temperatures.diff()):
+    for t, change in enumerate(plan.temperatures.diff(dim=0), 1):
         log_weights = log_weights + change * state.log_ratio
-        state, accepted = _transition(plan, t, state)
-        acceptance = acceptance + accepted / len(plan.step_sizes)
-    return _Weighted(state.latents, log_weights, acceptance)
+        state, accepted = plan.move(t, state)
+        acceptance = acceptance + accepted / plan.num_steps
+    return Weighted(state.latents, log_weights, acceptance)
 
 
-def anneal_reverse(plan: AnnealedPlan, latents: Tensor) -> _Weighted:
+def anneal_reverse(plan: AnnealedPlan, latents: Tensor) -> Weighted:
     """Carry posterior draws back to the start density, transitions reversed and in reverse order.
 
     Each transition is reversible, so it is its own reversal. If the draws are exact,
     E[exp(−log_weights)] = 1 / p(v; θ).
     """
-    state = plan.path.at(latents)
+    state = plan.moves.at(latents)
     log_weights = torch.zeros_like(state.log_joint)
     acceptance = torch.zeros_like(log_weights)
-    changes = plan.temperatures.diff()
-    for t in reversed(range(len(changes))):
-        state, accepted = _transition(plan, t, state)
-        acceptance = acceptance + accepted / len(changes)
-        log_weights = log_weights + changes[t] * state.log_ratio
-    return _Weighted(state.latents, log_weights, acceptance)
+    changes = plan.temperatures.diff(dim=0)
+    for t in range(plan.num_steps, 0, -1):
+        state, accepted = plan.move(t, state)
+        acceptance = acceptance + accepted / plan.num_steps
+        log_weights = log_weights + changes[t - 1] * state.log_ratio
+    return Weighted(state.latents, log_weights, acceptance)
 
 
 @dataclass(frozen=True)
@@ -102,39 +113,59 @@ class AnnealedImportanceSampling:
     Forward, each particle's weight is an unbiased estimate of p(v_u; θ), so the log of their mean
     is a stochastic lower bound on log p(v_u; θ). The reverse runs start from the forward
     particles, resampled and moved on at β = 1: an upper bound *conditional* on those being
-    posterior draws. A pilot refits the start density, tunes the step sizes per unit and temperature
-    and foresees the spread of the weights; then all are frozen.
+    posterior draws. A pilot on particles of its own refits the start density, places the
+    temperatures, tunes step sizes per unit and temperature and foresees the spread of the weights;
+    then all are frozen.
+
+    With weights of variance V, relative to their squared mean, the two bounds of a unit lie about
+    V / num_particles apart. Given a `target_width`, each unit gets as many temperatures as its
+    pilot asks for: all begin with `num_steps`, and those that would miss it double theirs until
+    they meet it or `max_steps`. Where units cannot be run alone, all get what the worst needs.
 
     Args:
         num_particles: chains per unit and direction.
         num_steps: T, temperatures after the start.
-        num_leapfrog: leapfrog steps per transition.
+        target_width: nats that the bounds of a unit may lie apart; ``None`` to keep `num_steps`.
+        max_steps: most temperatures of a unit with a target width.
+        start: where to start, a `MatchedStart` or `PriorStart`.
+        schedule: where to place the temperatures.
+        kernel: the transitions.
         num_settling: transitions at β = 1 before the reverse run.
-        prior_share: share of prior in the start density, in [0, 1).
-        target_acceptance: what the pilot tunes step sizes to.
-        refit_start: let the pilot refit the Gaussian of the start density to where its particles
-            ended, so that a near-Gaussian posterior needs few temperatures in any dimension.
 
     Source: "Annealed Importance Sampling", Neal (2001); "Sandwiching the marginal likelihood using
     bidirectional Monte Carlo", Grosse, Ghahramani, Adams (2015).
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro_vharm import log_evidence
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
+    ...         pyro.sample("x", dist.Normal(h.sum(-1), 1.0), obs=x)
+    >>> x = torch.tensor([0.5, -3.0])
+    >>> method = AnnealedImportanceSampling(target_width=0.05)
+    >>> evidence = log_evidence(model, (x,), method=method, progress=False)
+    >>> exact = dist.Normal(0.0, 6**0.5).log_prob(x)
+    >>> bool(((evidence.per_unit.values - exact).abs() < 0.2).all())
+    True
     """
 
     num_particles: int = 16
     num_steps: int = 10
-    num_leapfrog: int = 5
+    target_width: float | None = None
+    max_steps: int = 640
+    start: MatchedStart | PriorStart = field(default_factory=MatchedStart)
+    schedule: Schedule = field(default_factory=AdaptiveSchedule)
+    kernel: HamiltonianKernel = field(default_factory=HamiltonianKernel)
     num_settling: int = 10
-    prior_share: float = 0.05
-    target_acceptance: float = 0.75
-    refit_start: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_particles", "num_steps", "num_leapfrog"):
-            if getattr(self, name) < 1 or (name == "num_particles" and self.num_particles < 2):
-                raise InputError(f"{name} = {getattr(self, name)} is too small")
-        if not 0 <= self.prior_share < 1:
-            raise InputError(f"prior_share must lie in [0, 1), not {self.prior_share}")
-        if not 0 < self.target_acceptance < 1:
-            raise InputError(f"target_acceptance must lie in (0, 1), not {self.target_acceptance}")
+        for name, least in (("num_particles", 2), ("num_steps", 1), ("max_steps", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.num_settling < 0:
+            raise InputError(f"num_settling must not be negative, got {self.num_settling}")
+        if self.target_width is not None and not self.target_width > 0:
+            raise InputError(f"target_width must be positive, not {self.target_width}")
 
     def run(
         self,
@@ -153,22 +184,152 @@ class AnnealedImportanceSampling:
                 to start from; by default they start from forward particles, moved on.
             progress: show a bar.
         """
-        start = match_start(densities, self.prior_share) if start is None else start
+        start = match_start(densities, self.start.prior_share) if start is None else start
+        done: list[tuple[Tensor, Particles]] = []
+        blocks = unit_blocks(densities, max(_ROWS_AT_ONCE // self.num_particles, 1))
         with tqdm(
-            total=3, desc="annealing", disable=not progress or None, delay=2, leave=False
+            total=densities.num_units,
+            desc="annealing",
+            unit="unit",
+            disable=not progress or None,
+            delay=2,
+            leave=False,
         ) as bar:
-            plan, variance = self.pilot(densities, start)
-            bar.update()
-            latents = plan.start.sample(densities, self.num_particles)
-            forward = anneal_forward(plan, latents)
-            bar.update()
-            log_weights, dropped = drop_nonfinite(forward.log_weights)
-            if exact is None:
-                last = self.settle(plan, resample(forward.latents, log_weights))
-            else:
-                last = exact.expand_as(latents)
-            reverse = anneal_reverse(plan, last)
-            bar.update()
+            for units, block in blocks:
+                own = None if exact is None else exact[:, units]
+                for some, particles in self._run_block(block, start.select(units), own, bar.update):
+                    done.append((units[some], particles))
+        return join_units(done)
+
+    def _run_block(
+        self,
+        densities: UnitDensities,
+        start: StartDensity,
+        exact: Tensor | None,
+        report: Callable[[int], object],
+    ) -> list[tuple[Tensor, Particles]]:
+        """Give units that miss the target more temperatures, and run the others for good."""
+        start = self.locate(densities, start)
+        length = self._measure(densities, start)
+        pending = torch.arange(densities.num_units, device=densities.device)
+        select = None if self.target_width is None else unit_selector(densities)
+        num_steps, done = self.num_steps, []
+        part, own = densities, exact
+        while len(pending):
+            plan, variance, spread = self.tune(
+                part, start.select(pending), length.select(pending), num_steps
+            )
+            ready = self._is_narrow(variance) | (num_steps >= self._most_steps)
+            if select is None:
+                ready = ready.all().expand_as(ready)
+            good = ready.nonzero().flatten()
+            if len(good) == len(pending):
+                done.append((pending, self._count(plan, variance, own)))
+            elif len(good) and select is not None:
+                chosen = self._plan_of(select(pending[good]), plan, good)
+                some = None if own is None else own[:, good]
+                done.append((pending[good], self._count(chosen, variance[good], some)))
+            report(len(good))
+            left = (~ready).nonzero().flatten()
+            if len(left) and select is not None and len(left) < len(pending):
+                part = select(pending[left])
+            own = None if own is None else own[:, left]
+            pending = pending[left]
+            num_steps = self._next(num_steps, spread[left])
+        return done
+
+    @property
+    def _most_steps(self) -> int:
+        return self.num_steps if self.target_width is None else self.max_steps
+
+    def _is_narrow(self, variance: Tensor) -> Tensor:
+        if self.target_width is None:
+            return torch.ones_like(variance, dtype=torch.bool)
+        return variance / self.num_particles <= self.target_width
+
+    def _next(self, num_steps: int, spread: Tensor) -> int:
+        """Temperatures for the units left: log weights have variance ∝ 1/T along a path."""
+        if not len(spread) or self.target_width is None:
+            return num_steps
+        aim = math.log1p(self.num_particles * self.target_width)
+        rise = min(max(float(spread.median()) / aim, 2.0), _LARGEST_RISE)
+        doublings = round(math.log2(rise))
+        return min(num_steps << doublings, self.max_steps)
+
+    def pilot(self, densities: UnitDensities, start: StartDensity) -> tuple[AnnealedPlan, Tensor]:
+        """Fix a plan with `num_steps` temperatures for every unit, on throw-away particles.
+
+        Returns:
+            the frozen plan, and var(w)/mean(w)² that it foresees, shape ``(unit,)``.
+        """
+        start = self.locate(densities, start)
+        length = self._measure(densities, start)
+        plan, variance, _ = self.tune(densities, start, length, self.num_steps)
+        return plan, variance
+
+    def locate(self, densities: UnitDensities, start: StartDensity) -> StartDensity:
+        """The start density, its Gaussian refitted by a pilot if that was asked for."""
+        if not self.start.refit:
+            return start
+        return refit_start(densities, start, self.kernel, self.num_particles)
+
+    def _measure(self, densities: UnitDensities, start: StartDensity) -> ThermodynamicLength:
+        if not self.schedule.needs_length:
+            knots = torch.tensor([[0.0], [1.0]], dtype=densities.dtype, device=densities.device)
+            knots = knots.repeat(1, densities.num_units)
+            return ThermodynamicLength(knots, knots)
+        moves = self._moves(densities, start, 0)
+        return temper(moves, self.num_particles, own_metric=False).length
+
+    def _moves(
+        self, densities: UnitDensities, start: StartDensity, num_steps: int
+    ) -> HamiltonianMoves:
+        ahead = (2 + _PILOT_SWEEPS) * num_steps + self.num_settling
+        return self.kernel.moves(densities, start, self.num_particles, ahead)
+
+    def tune(
+        self,
+        densities: UnitDensities,
+        start: StartDensity,
+        length: ThermodynamicLength,
+        num_steps: int,
+    ) -> tuple[AnnealedPlan, Tensor, Tensor]:
+        """Place so many temperatures and tune their step sizes, on throw-away particles.
+
+        Returns:
+            the frozen plan; var(w)/mean(w)² of a weight under it, and the variance of log w, as
+            the pilot foresees them, shape ``(unit,)`` each.
+        """
+        moves = self._moves(densities, start, num_steps)
+        temperatures = self.schedule.place(num_steps, length)
+        state = moves.draw_start(self.num_particles)
+        log_weights = torch.zeros_like(state.log_joint)
+        step_size, step_sizes = first_step_sizes(state), []
+        for t, change in enumerate(temperatures.diff(dim=0), 1):
+            log_weights = log_weights + change * state.log_ratio
+            for _ in range(_PILOT_SWEEPS):
+                state, step_size = tune_step(moves, state, temperatures[t], step_size)
+            step_sizes.append(step_size)
+        plan = AnnealedPlan(moves, temperatures, torch.stack(step_sizes))
+        log_weights, _ = drop_nonfinite(log_weights)
+        spread = log_weights.nan_to_num(neginf=torch.finfo(log_weights.dtype).min / 1e6).var(0)
+        return plan, relative_variance(log_weights), spread
+
+    def _plan_of(self, densities: UnitDensities, plan: AnnealedPlan, units: Tensor) -> AnnealedPlan:
+        moves = self._moves(densities, plan.moves.start.select(units), plan.num_steps)
+        return AnnealedPlan(moves, plan.temperatures[:, units], plan.step_sizes[:, units])
+
+    def _count(self, plan: AnnealedPlan, variance: Tensor, exact: Tensor | None) -> Particles:
+        """The runs that count, with everything frozen."""
+        densities = plan.moves.densities
+        latents = plan.moves.start.sample(densities, self.num_particles)
+        forward = anneal_forward(plan, latents)
+        log_weights, dropped = drop_nonfinite(forward.log_weights)
+        if exact is None:
+            last = self.settle(plan, resample(forward.latents, log_weights))
+        else:
+            last = exact.expand_as(latents)
+        reverse = anneal_reverse(plan, last)
         reverse_log_weights, dropped_reverse = drop_nonfinite(reverse.log_weights, reverse=True)
         return Particles(
             unconstrained=forward.latents,
@@ -177,72 +338,13 @@ class AnnealedImportanceSampling:
             pilot_variance=variance,
             reverse_log_weights=reverse_log_weights,
             acceptance=forward.acceptance.mean(0),
+            num_steps=torch.full_like(variance, plan.num_steps),
             num_nonfinite=dropped + dropped_reverse,
         )
 
-    def pilot(self, densities: UnitDensities, start: StartDensity) -> tuple[AnnealedPlan, Tensor]:
-        """Fix the plan on throw-away particles.
-
-        A first annealing run tunes step sizes and brings its particles to the posterior; moved on
-        at β = 1, they refit the Gaussian of the start density, covariance and all; a second run
-        from there tunes the step sizes anew.
-
-        Returns:
-            the frozen plan, and var(w)/mean(w)² of the second run's weights, shape ``(unit,)``.
-        """
-        path = annealing_path(densities, start, self.num_particles, self._num_calls(densities.dim))
-        first = self._tune(densities, path)
-        if not self.refit_start:
-            return first.plan, relative_variance(drop_nonfinite(first.log_weights)[0])
-        state, draws = first.state, []
-        for _ in range(self._num_refit(densities.dim)):
-            state = self._adapt(first.plan, -1, state)
-            draws.append(state.latents)
-        refitted = replace(start, gaussian=match_gaussian(torch.cat(draws)))
-        second = self._tune(densities, path.from_start(refitted))
-        return second.plan, relative_variance(drop_nonfinite(second.log_weights)[0])
-
-    def _num_refit(self, dim: int) -> int:
-        """Transitions whose states refit the start density."""
-        return -(-(_PILOT_DRAWS + _PILOT_DRAWS_PER_DIM * dim) // self.num_particles)
-
-    def _num_calls(self, dim: int) -> int:
-        """Evaluations of the path in one run, about."""
-        pilot = (1 + self.refit_start) * _PILOT_SWEEPS * self.num_steps
-        refit = self._num_refit(dim) if self.refit_start else 0
-        return self.num_leapfrog * (pilot + refit + 2 * self.num_steps + self.num_settling)
-
-    def _tune(self, densities: UnitDensities, path: AnnealingPath) -> _Tuned:
-        temperatures = torch.linspace(
-            0, 1, self.num_steps + 1, dtype=densities.dtype, device=densities.device
-        )
-        state = path.at(path.start.sample(densities, self.num_particles))
-        log_weights = torch.zeros_like(state.log_joint)
-        first = torch.full_like(log_weights[0], _FIRST_STEP_SIZE * densities.dim**-0.25)
-        plan = AnnealedPlan(path, temperatures, first.repeat(self.num_steps, 1), self.num_leapfrog)
-        for t, change in enumerate(temperatures.diff()):
-            log_weights = log_weights + change * state.log_ratio
-            plan.step_sizes[t] = plan.step_sizes[max(t - 1, 0)]
-            for _ in range(_PILOT_SWEEPS):
-                state = self._adapt(plan, t, state)
-        return _Tuned(plan, state, log_weights)
-
-    def _adapt(self, plan: AnnealedPlan, t: int, state: PathState) -> PathState:
-        """One transition, after which its step sizes are pulled toward the target acceptance."""
-        t = t % len(plan.step_sizes)
-        state, accepted = _transition(plan, t, state)
-        plan.step_sizes[t] *= (accepted.mean(0) - self.target_acceptance).exp()
-        return state
-
     def settle(self, plan: AnnealedPlan, latents: Tensor) -> Tensor:
         """Move particles on at β = 1."""
-        state = plan.path.at(latents)
+        state = plan.moves.at(latents)
         for _ in range(self.num_settling):
-            state, _ = _transition(plan, len(plan.step_sizes) - 1, state)
+            state, _ = plan.move(plan.num_steps, state)
         return state.latents
-
-
-def _transition(plan: AnnealedPlan, t: int, state: PathState) -> Transition:
-    return hamiltonian_transition(
-        plan.path, state, plan.temperatures[t + 1], plan.step_sizes[t], plan.num_leapfrog
-    )

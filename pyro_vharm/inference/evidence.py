@@ -4,47 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from scipy.stats import norm
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Bound, Kind, UnitEstimates, concatenate
-from pyro_vharm.inference.annealing import AnnealedImportanceSampling
-from pyro_vharm.inference.enumeration import Enumeration
-from pyro_vharm.inference.quadrature import Quadrature
+from pyro_vharm.inference.agreement import Agreement, Confirmation, confirm
+from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
+from pyro_vharm.inference.estimation import estimate_units, sum_replicates, unit_widths
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
-from pyro_vharm.particles import (
-    Particles,
-    choose_num_replicates,
-    effective_sample_size,
-    log_mean_exp,
-    log_mean_exp_error,
-    pareto_shape,
-    replicate_totals,
-)
+from pyro_vharm.particles import Particles, choose_num_replicates, effective_sample_size
 from pyro_vharm.tables import html_table, text_table
 
-__all__ = ["Evidence", "InferenceMethod", "choose_method", "estimate_evidence", "log_evidence"]
-
+__all__ = ["Evidence", "estimate_evidence", "log_evidence"]
 
 _LARGEST_SHAPE = 0.7
-_LEAST_PARTICLES_FOR_SHAPE = 100
+_LARGEST_RHAT = 1.05  # 1.01 is advised for one quantity; this is the largest of many
+_LEAST_CHAIN_SIZE = 100.0
+_LEAST_SIZE, _FEW = 2.0, 0.05
+_CONFIRMATION = Confirmation()
+_REVERSED = 5.0  # standard errors by which upper bounds may lie below lower ones
 
 
-class InferenceMethod(Protocol):
-    """Turns the densities of a batch of units into particles."""
-
-    def run(self, densities: UnitDensities, *, progress: bool = False) -> Particles:
-        """Particles of every unit, whose weights give its log evidence."""
-        ...
+type Standing = Literal["confirmed", "unconfirmed", "doubtful"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class Evidence:
     Attributes:
         per_unit: estimates of log p(v_u; θ), corrected for the first-order bias of the logarithm.
         lower_replicates: totals of independent stochastic lower bounds, shape ``(M,)``;
-            ``None`` for quadrature and enumeration.
+            ``None`` for quadrature, enumeration and bridge sampling.
         upper_replicates: totals of independent stochastic upper bounds, shape ``(M,)``, from runs
             that start at chain output; ``None`` where the method has none.
         effective_sizes: effective sample size of each unit's weights, shape ``(unit,)``.
@@ -62,8 +52,17 @@ class Evidence:
         acceptance: mean acceptance probability per unit, ``None`` without transitions.
         num_nonfinite: weights that were not finite and count as zero.
         method: the method's settings.
-        pareto_shapes: k̂ of each unit's weights, see `pareto_shape`, where there are at least 100
-            particles and no upper bound; above 0.7 a unit is not to be trusted.
+        reason: why that method was taken; empty where the user named it.
+        widths: upper less lower stochastic bound of each unit, shape ``(unit,)``, where there are
+            both; their mean is what the settings earned.
+        target_width: nats that the bounds of a unit should lie apart, if any were asked for.
+        num_steps: temperatures of each unit, for methods that anneal.
+        pareto_shapes: k̂ of each unit's weights, see `pareto_shape`, for importance sampling with
+            at least 100 particles.
+        rhat: largest R̂ of each unit, for methods that run chains.
+        chain_sizes: least effective number of draws of each unit, for the same.
+        agreement: what a method started elsewhere says; ``None`` where nothing was random or the
+            check was left out or impossible.
     """
 
     per_unit: UnitEstimates
@@ -74,17 +73,86 @@ class Evidence:
     acceptance: Tensor | None
     num_nonfinite: int
     method: str
+    reason: str = ""
+    widths: Tensor | None = None
+    target_width: float | None = None
+    num_steps: Tensor | None = None
     pareto_shapes: Tensor | None = None
+    rhat: Tensor | None = None
+    chain_sizes: Tensor | None = None
+    agreement: Agreement | None = None
+
+    @property
+    def standing(self) -> Standing:
+        """Whether the estimate may be believed within its errors.
+
+        *confirmed*: exact, numerical with a finite error, or met by a method that starts
+        elsewhere. *doubtful*: a diagnostic speaks against it; see `doubts`. *unconfirmed*: nothing
+        speaks against it, and no second method confirms it.
+        """
+        if self.doubts:
+            return "doubtful"
+        settled = self.per_unit.kind <= Kind.NUMERICAL
+        agreed = self.agreement is not None and self.agreement.outcome == "agrees"
+        return "confirmed" if settled or agreed else "unconfirmed"
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What speaks against the estimate, one sentence each; empty for a clean bill."""
+        found = []
+        if self.agreement is not None and self.agreement.outcome == "contradicts":
+            found.append(f"A method that starts elsewhere finds more: {self.agreement}.")
+        degenerate = self.effective_sizes < _LEAST_SIZE
+        degenerate = degenerate & (degenerate.double().mean() > _FEW)
+        checks = [
+            (~torch.isfinite(self.per_unit.errors), "have no finite error"),
+            (degenerate, "rest on one particle"),
+            (_above(self.pareto_shapes, _LARGEST_SHAPE), f"have Pareto k̂ above {_LARGEST_SHAPE}"),
+            (_above(self.rhat, _LARGEST_RHAT), f"have R̂ above {_LARGEST_RHAT}"),
+            (_below(self.chain_sizes, _LEAST_CHAIN_SIZE), "have too few effective draws"),
+        ]
+        if self.lower_replicates is None and self.rhat is None:
+            checks = checks[:1]  # nodes of quadrature are no draws
+        for bad, what in checks:
+            if bad is not None and bool(bad.any()):
+                found.append(f"{int(bad.sum())} of {len(self.per_unit.values)} units {what}.")
+        if self._is_reversed:
+            found.append("Upper bounds lie below lower ones: the chains are not at the posterior.")
+        return tuple(found)
+
+    @property
+    def _is_reversed(self) -> bool:
+        if self.widths is None or len(self.widths) < 2:
+            return False
+        widths = self.widths.double()
+        error = float(widths.std()) / len(widths) ** 0.5
+        limit: float = -_REVERSED * max(error, 1e-9)
+        return float(widths.mean()) < limit
+
+    @property
+    def target_is_met(self) -> bool | None:
+        """Whether the bounds lie as close as was asked, on average over units, and are confirmed.
+
+        ``None`` if no width was asked for.
+        """
+        if self.target_width is None:
+            return None
+        close = (
+            bool((self.per_unit.errors <= self.target_width).all())
+            if self.widths is None
+            else float(self.widths.mean()) <= self.target_width
+        )
+        return bool(close) and self.standing == "confirmed"
 
     def lower(self, delta: float = 0.05) -> Bound:
         """A lower bound on the total that fails with probability at most delta.
 
         For M replicates, P(min_m log Ẑ_m > ℓ + log(1/δ)/M) ≤ δ by Markov's inequality, since
-        each Ẑ_m is unbiased for exp(ℓ). Quadrature gives its value less its error.
+        each Ẑ_m is unbiased for exp(ℓ). Quadrature gives its value less its error, bridge
+        sampling less a normal quantile of it.
         """
         if self.lower_replicates is None:
-            total = self.per_unit.total()
-            return Bound(total.value - total.mc_error, "lower", total.kind, 1.0)
+            return self._by_error("lower", delta)
         slack = math.log(1 / delta) / len(self.lower_replicates)
         value = float(self.lower_replicates.min()) - slack
         return Bound(value, "lower", Kind.CERTIFIED, 1 - delta)
@@ -92,13 +160,20 @@ class Evidence:
     def upper(self, delta: float = 0.05) -> Bound | None:
         """An upper bound on the total, mirrored; conditional on the chains, or ``None``."""
         if self.lower_replicates is None:
-            total = self.per_unit.total()
-            return Bound(total.value + total.mc_error, "upper", total.kind, 1.0)
+            return self._by_error("upper", delta)
         if self.upper_replicates is None:
             return None
         slack = math.log(1 / delta) / len(self.upper_replicates)
         value = float(self.upper_replicates.max()) + slack
         return Bound(value, "upper", Kind.CONDITIONAL, 1 - delta)
+
+    def _by_error(self, side: Literal["lower", "upper"], delta: float) -> Bound:
+        """The estimate less or plus its error: numerical, or a normal quantile of a standard one."""
+        total, sign = self.per_unit.total(), -1.0 if side == "lower" else 1.0
+        if total.kind <= Kind.NUMERICAL:
+            return Bound(total.value + sign * total.mc_error, side, total.kind, 1.0)
+        reach = float(norm.isf(delta)) * total.mc_error
+        return Bound(total.value + sign * reach, side, total.kind, 1 - delta)
 
     def __str__(self) -> str:
         total = self.per_unit.total()
@@ -108,26 +183,51 @@ class Evidence:
             _bound_row("lower bound", self.lower()),
             *([] if upper is None else [_bound_row("upper bound", upper)]),
         ]
-        per_unit = total.per_unit
-        footer = [
-            f"{total.num_units} units, {per_unit.value:.4f} nats each, by {self.method}",
-        ]
+        table = text_table(["log evidence", "nats", "", "kind"], rows)
+        because = f"; {self.reason}" if self.reason else ""
+        origin = (
+            f"{total.num_units} units, {total.per_unit.value:.4f} nats each, by "
+            f"{self.method}{because}"
+        )
+        return "\n".join([table, origin, *self._diagnostics(), *self._conclusion()])
+
+    def _diagnostics(self) -> list[str]:
+        lines = []
         if self.lower_replicates is not None:
-            footer.append(
+            lines.append(
                 f"effective sample size: median {float(self.effective_sizes.median()):.1f}, least "
                 f"{float(self.effective_sizes.min()):.1f} of {self.num_particles}"
             )
+        if self.widths is not None:
+            wanted = "" if self.target_width is None else f", asked for {self.target_width:g}"
+            lines.append(
+                f"bounds apart: mean {float(self.widths.mean()):.3f} nats per unit, largest "
+                f"{float(self.widths.max()):.3f}{wanted}"
+            )
+        if self.num_steps is not None:
+            least, most = (int(f(self.num_steps)) for f in (torch.min, torch.max))
+            lines.append(f"temperatures: {least}" + (f" to {most}" if most > least else ""))
         if self.acceptance is not None:
-            footer.append(f"acceptance: mean {float(self.acceptance.mean()):.2f}")
+            lines.append(f"acceptance: mean {float(self.acceptance.mean()):.2f}")
         if self.pareto_shapes is not None:
-            above = int((self.pareto_shapes > _LARGEST_SHAPE).sum())
-            footer.append(
-                f"Pareto k̂: largest {float(self.pareto_shapes.max()):.2f}, above {_LARGEST_SHAPE} "
-                f"in {above} units" + (": these are not to be trusted" if above else "")
+            lines.append(f"Pareto k̂: largest {float(self.pareto_shapes.max()):.2f}")
+        if self.rhat is not None and self.chain_sizes is not None:
+            lines.append(
+                f"R̂: largest {float(self.rhat.max()):.3f}; effective draws: least "
+                f"{float(self.chain_sizes.min()):.0f}"
             )
         if self.num_nonfinite:
-            footer.append(f"{self.num_nonfinite} weights were not finite and count as zero")
-        return "\n".join([text_table(["log evidence", "nats", "", "kind"], rows), *footer])
+            lines.append(f"{self.num_nonfinite} weights were not finite and count as zero")
+        return lines
+
+    def _conclusion(self) -> list[str]:
+        if self.standing == "doubtful":
+            return ["NOT TO BE TRUSTED:", *(f"  {doubt}" for doubt in self.doubts)]
+        if self.agreement is not None:
+            return [f"{self.standing}: {self.agreement}"]
+        if self.per_unit.kind <= Kind.NUMERICAL:
+            return []
+        return ["unconfirmed: no second method was run"]
 
     def _repr_html_(self) -> str:
         return html_table(str(self))
@@ -137,40 +237,19 @@ def _bound_row(name: str, bound: Bound) -> list[str]:
     return [name, f"{bound.value:.3f}", f"{bound.confidence:.0%}", str(bound.kind)]
 
 
-def choose_method(
-    densities: Sequence[UnitDensities], method: InferenceMethod | None = None
-) -> InferenceMethod:
-    """The user's method; or, by continuous dimensions: none, enumeration; to two, quadrature.
+def _above(values: Tensor | None, limit: float) -> Tensor | None:
+    return None if values is None else ~(values <= limit)  # NaN is no clean bill
 
-    Annealing beyond.
 
-    Raises:
-        InputError: if the method is not one, or all latents are discrete and it is another than
-            enumeration.
-    """
-    if densities[0].dim == 0:
-        if method is not None and not isinstance(method, Enumeration):
-            raise InputError(
-                f"all latents are discrete, so the evidence is exact by Enumeration(); leave out "
-                f"method={method!r}"
-            )
-        return Enumeration()
-    if method is not None:
-        if not callable(getattr(method, "run", None)) or isinstance(method, type):
-            raise InputError(
-                f"method must be an inference method, such as AnnealedImportanceSampling(), not "
-                f"{method!r}"
-            )
-        return method
-    if densities[0].dim <= 2:
-        return Quadrature()
-    return AnnealedImportanceSampling()
+def _below(values: Tensor | None, limit: float) -> Tensor | None:
+    return None if values is None else ~(values >= limit)
 
 
 def estimate_evidence(
     densities: Sequence[UnitDensities],
-    method: InferenceMethod,
+    choice: Choice,
     *,
+    confirmation: Confirmation | None = None,
     progress: bool = False,
     delta: float = 0.05,
 ) -> Evidence:
@@ -178,77 +257,74 @@ def estimate_evidence(
 
     Args:
         densities: one entry per batch.
-        method: the inference method.
+        choice: the inference method, and what to run if it does not converge.
+        confirmation: how to check it by a second method; ``None`` to leave that out.
         progress: show a bar.
         delta: the failure probability for which the number of replicates is chosen.
     """
-    single = len(densities) == 1
-    bar = tqdm(
-        densities, desc="evidence", disable=single or not progress or None, delay=2, leave=False
-    )
-    runs = [method.run(batch, progress=progress and single) for batch in bar]
-    per_unit, sizes = zip(*(_estimate(run) for run in runs), strict=True)
-    lower = upper = None
-    if runs[0].kind > Kind.NUMERICAL:
-        pilot = [run.pilot_variance for run in runs if run.pilot_variance is not None]
-        variance = float(torch.cat(pilot).sum()) if len(pilot) == len(runs) else math.inf
-        count = choose_num_replicates(variance, len(runs[0].log_weights), delta)
-        lower = _sum_replicates([run.log_weights for run in runs], count, reverse=False)
-        reverse = [r.reverse_log_weights for r in runs if r.reverse_log_weights is not None]
-        if len(reverse) == len(runs):
-            upper = _sum_replicates(reverse, count, reverse=True)
-    acceptance = [run.acceptance for run in runs if run.acceptance is not None]
+    runs = _run(densities, choice.method, progress)
+    if choice.otherwise is not None:
+        limit = choice.target_width or math.inf
+        errors = torch.cat([run.numerical_error for run in runs if run.numerical_error is not None])
+        failed = int((~(errors <= limit)).sum())
+        if failed:
+            reason = f"quadrature leaves {failed} of {len(errors)} units with larger errors"
+            choice = replace(choice, method=choice.otherwise, reason=reason)
+            runs = _run(densities, choice.method, progress)
+    per_unit = [estimate_units(run) for run in runs]
+    agreement = None
+    if confirmation is not None and runs[0].kind > Kind.NUMERICAL:
+        agreement = confirm(densities, per_unit, choice.method, confirmation, progress)
+    lower, upper = _replicates(runs, delta)
     return Evidence(
         per_unit=concatenate(per_unit),
         lower_replicates=lower,
         upper_replicates=upper,
-        effective_sizes=torch.cat(sizes),
+        effective_sizes=torch.cat([effective_sample_size(run.log_weights) for run in runs]),
         num_particles=len(runs[0].log_weights),
-        acceptance=torch.cat(acceptance) if acceptance else None,
+        acceptance=_joined([run.acceptance for run in runs]),
         num_nonfinite=sum(run.num_nonfinite for run in runs),
-        method=str(method),
-        pareto_shapes=_shapes(runs),
+        method=str(choice.method),
+        reason=choice.reason,
+        widths=_joined([unit_widths(run) for run in runs]),
+        target_width=choice.target_width,
+        num_steps=_joined([run.num_steps for run in runs]),
+        pareto_shapes=_joined([run.pareto_shapes for run in runs]),
+        rhat=_joined([run.rhat for run in runs]),
+        chain_sizes=_joined([run.chain_sizes for run in runs]),
+        agreement=agreement,
     )
 
 
-def _shapes(runs: Sequence[Particles]) -> Tensor | None:
-    first = runs[0]
-    few = len(first.log_weights) < _LEAST_PARTICLES_FOR_SHAPE
-    if few or first.numerical_error is not None or first.reverse_log_weights is not None:
-        return None
-    return torch.cat([pareto_shape(run.log_weights) for run in runs])
+def _run(
+    densities: Sequence[UnitDensities], method: InferenceMethod, progress: bool
+) -> list[Particles]:
+    single = len(densities) == 1
+    bar = tqdm(
+        densities, desc="evidence", disable=single or not progress or None, delay=2, leave=False
+    )
+    return [method.run(batch, progress=progress and single) for batch in bar]
 
 
-def _estimate(run: Particles) -> tuple[UnitEstimates, Tensor]:
-    value, size = log_mean_exp(run.log_weights), effective_sample_size(run.log_weights)
-    if run.numerical_error is not None:
-        zero = torch.zeros_like(value)
-        return UnitEstimates(value, zero, run.kind, run.numerical_error), size
-    error, correction = log_mean_exp_error(run.log_weights)
-    estimate = UnitEstimates(value + correction, error, run.kind, _disagreement(run))
-    return estimate, size
+def _replicates(runs: Sequence[Particles], delta: float) -> tuple[Tensor | None, Tensor | None]:
+    """Totals over units in independent groups of weights, forward and in reverse."""
+    if runs[0].kind != Kind.ESTIMATED:
+        return None, None
+    forward = [run.independent_log_weights for run in runs]
+    pilot = [run.pilot_variance for run in runs if run.pilot_variance is not None]
+    variance = float(torch.cat(pilot).sum()) if len(pilot) == len(runs) else math.inf
+    count = choose_num_replicates(variance, len(forward[0]), delta)
+    lower = sum_replicates(forward, count, reverse=False)
+    reverse = [run.reverse_log_weights for run in runs if run.reverse_log_weights is not None]
+    if len(reverse) < len(runs):
+        return lower, None
+    return lower, sum_replicates(reverse, count, reverse=True)
 
 
-def _disagreement(run: Particles) -> Tensor | None:
-    """Half of what forward and reverse runs differ by in total, shared equally among the units.
-
-    The delta method knows only of the weights that were seen: its error is at most about a nat
-    per unit however poor the run. What both directions, each corrected for its first-order bias,
-    disagree by in total is a measure of the bias that is left, and biases add up over units.
-    """
-    if run.reverse_log_weights is None:
-        return None
-    _, correction = log_mean_exp_error(run.log_weights)
-    forward = log_mean_exp(run.log_weights) + correction
-    _, correction = log_mean_exp_error(-run.reverse_log_weights)
-    reverse = -log_mean_exp(-run.reverse_log_weights) - correction
-    share = 0.5 * (reverse - forward).nan_to_num(nan=torch.inf).mean().abs()
-    return share.expand_as(forward)
-
-
-def _sum_replicates(log_weights: Sequence[Tensor], count: int, *, reverse: bool) -> Tensor:
-    totals = [replicate_totals(part, count, reverse=reverse) for part in log_weights]
-    return torch.stack(totals).sum(0)
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """One value per unit, over all batches."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None
 
 
 def log_evidence(
@@ -256,7 +332,9 @@ def log_evidence(
     data: Data,
     *,
     guide: PyroFunction | None = None,
-    method: InferenceMethod | None = None,
+    method: InferenceMethod | Literal["auto"] | None = None,
+    target_width: float = 0.1,
+    confirmation: Confirmation | None = _CONFIRMATION,
     unit_plate: str | None = None,
     parameters: Sequence[str] = (),
     seed: int = 0,
@@ -269,9 +347,14 @@ def log_evidence(
         data: positional arguments as a tuple, keyword arguments as a Mapping, or an iterable of
             batches.
         guide: a trained guide; its draws say where to look. Without one, the prior does.
-        method: `Quadrature`, `AnnealedImportanceSampling` or `ImportanceSampling`; by default the
-            first for units of one or two continuous latent dimensions, the second beyond, and
-            `Enumeration` where all latents are discrete.
+        method: an inference method. By default, or with ``"auto"``: `Enumeration` where all
+            latents are discrete, `Quadrature` for units of up to three continuous dimensions where
+            it converges, else `AnnealedImportanceSampling` with as many temperatures as the target
+            width needs; the result says which and why.
+        target_width: nats per unit for which ``"auto"`` chooses: bounds apart, or numerical error.
+            A method of your own has its own settings.
+        confirmation: how a Monte Carlo result is checked by a second method that starts elsewhere,
+            on some of the units; ``None`` leaves the check out.
         unit_plate: name of the plate of independent units; found if left out.
         parameters: sites that the guide holds as point masses (as AutoDelta does) and that count
             as θ: log evidence then includes their log prior.
@@ -294,5 +377,7 @@ def log_evidence(
     """
     with untouched(seed, model, guide):
         problem = prepare(model, guide, data, unit_plate=unit_plate, parameters=parameters)
-        chosen = choose_method(problem.densities, method)
-        return estimate_evidence(problem.densities, chosen, progress=progress)
+        chosen = choose_method(problem.densities, method, target_width)
+        return estimate_evidence(
+            problem.densities, chosen, confirmation=confirmation, progress=progress
+        )

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_vharm.inference.start import StartDensity, UnitGaussian
-from pyro_vharm.model.compilation import Accelerated, accelerate
+from pyro_vharm.inference.start import StartDensity
 from pyro_vharm.model.densities import UnitDensities
 
-__all__ = ["AnnealingPath", "PathState", "annealing_path"]
+__all__ = ["PathState", "path_gradient", "path_state"]
 
 
 class PathState(NamedTuple):
     """Latents and the two ends of the path there, with gradients.
+
+    The path is log f_β = (1 − β) log f_0 + β log p(v, h; θ), for β from 0 to 1.
 
     Attributes:
         latents: shape ``(particle, unit, dim)``.
@@ -37,72 +37,52 @@ class PathState(NamedTuple):
         """Log p(v, h; θ) − log f_0(h)."""
         return self.log_joint - self.log_start
 
-    def log_density(self, temperature: Tensor | float) -> Tensor:
-        """Log f_β = (1 − β) log f_0 + β log p(v, h; θ)."""
+    def log_density(self, temperature: Tensor) -> Tensor:
+        """Log f_β for β of shape ``(unit,)``."""
         return (1 - temperature) * self.log_start + temperature * self.log_joint
 
-    def gradient(self, temperature: Tensor | float) -> Tensor:
-        """∇_h log f_β."""
+    def gradient(self, temperature: Tensor) -> Tensor:
+        """∇_h log f_β for β of shape ``(unit,)``."""
+        temperature = temperature[:, None]
         return (1 - temperature) * self.start_gradient + temperature * self.joint_gradient
 
     def where(self, accepted: Tensor, other: PathState) -> PathState:
         """This state where accepted, shape ``(particle, unit)``, else the other."""
-        wide = accepted[..., None]
-        return PathState(
-            torch.where(wide, self.latents, other.latents),
-            torch.where(accepted, self.log_start, other.log_start),
-            torch.where(accepted, self.log_joint, other.log_joint),
-            torch.where(wide, self.start_gradient, other.start_gradient),
-            torch.where(wide, self.joint_gradient, other.joint_gradient),
-        )
+        pairs = zip(self, other, strict=True)
+        return PathState(*(torch.where(_like(accepted, a), a, b) for a, b in pairs))
+
+    def take(self, index: Tensor) -> PathState:
+        """The states of other particles, by index ``(particle, unit)``."""
+        return PathState(*(field.gather(0, _like(index, field).expand_as(field)) for field in self))
 
 
-@dataclass(frozen=True)
-class AnnealingPath:
-    """Log f_β = (1 − β) log f_0 + β log p(v, h; θ), evaluated for all particles of all units.
-
-    Attributes:
-        start: the normalised density f_0, whose Gaussian is the metric of moves along the path.
-        ends: gives both ends and their gradients.
-    """
-
-    start: StartDensity
-    ends: Accelerated
-
-    def at(self, latents: Tensor) -> PathState:
-        """Evaluate at latents ``(particle, unit, dim)``."""
-        gaussian = self.start.gaussian
-        return PathState(latents, *self.ends(latents, gaussian.mean, gaussian.scale_tril))
-
-    def from_start(self, start: StartDensity) -> AnnealingPath:
-        """The path from another start density with the same share of prior."""
-        return AnnealingPath(start, self.ends)
+def _like(index: Tensor, field: Tensor) -> Tensor:
+    return index if field.dim() == 2 else index[..., None]
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """Both ends and their gradients as a function of tensors, for a given share of prior."""
-
-    prior_share: float
-
-    def __call__(
-        self, densities: UnitDensities, latents: Tensor, mean: Tensor, scale_tril: Tensor
-    ) -> tuple[Tensor, ...]:
-        start = StartDensity(UnitGaussian(mean, scale_tril), self.prior_share)
-        with torch.enable_grad():
-            leaf = latents.detach().requires_grad_()
-            terms = densities.terms(leaf)
-            log_start = start.log_prob(leaf, terms.log_prior)
-            (joint_gradient,) = torch.autograd.grad(terms.log_joint.sum(), leaf, retain_graph=True)
-            (start_gradient,) = torch.autograd.grad(log_start.sum(), leaf)
-        return log_start.detach(), terms.log_joint.detach(), start_gradient, joint_gradient
+def path_state(densities: UnitDensities, start: StartDensity, latents: Tensor) -> PathState:
+    """Evaluate both ends of the path at latents ``(particle, unit, dim)``."""
+    with torch.enable_grad():
+        leaf = latents.detach().requires_grad_()
+        log_start, log_joint = _ends(densities, start, leaf)
+        (joint_gradient,) = torch.autograd.grad(log_joint.sum(), leaf, retain_graph=True)
+        (start_gradient,) = torch.autograd.grad(log_start.sum(), leaf)
+    detached = latents.detach(), log_start.detach(), log_joint.detach()
+    return PathState(*detached, start_gradient, joint_gradient)
 
 
-def annealing_path(
-    densities: UnitDensities, start: StartDensity, num_particles: int, num_calls: int
-) -> AnnealingPath:
-    """The path, evaluated in the form that the number of calls ahead pays for."""
-    latents = start.gaussian.mean.expand(num_particles, -1, -1).clone()
-    inputs = (latents, start.gaussian.mean, start.gaussian.scale_tril)
-    ends = accelerate(_Ends(start.prior_share), densities, inputs, num_calls)
-    return AnnealingPath(start, ends)
+def path_gradient(
+    densities: UnitDensities, start: StartDensity, latents: Tensor, temperature: Tensor
+) -> Tensor:
+    """∇_h log f_β at latents ``(particle, unit, dim)``, for β of shape ``(unit,)``."""
+    with torch.enable_grad():
+        leaf = latents.detach().requires_grad_()
+        log_start, log_joint = _ends(densities, start, leaf)
+        log_density = (1 - temperature) * log_start + temperature * log_joint
+        (gradient,) = torch.autograd.grad(log_density.sum(), leaf)
+    return gradient
+
+
+def _ends(densities: UnitDensities, start: StartDensity, latents: Tensor) -> tuple[Tensor, Tensor]:
+    terms = densities.terms(latents)
+    return start.log_prob(latents, terms.log_prior), terms.log_joint

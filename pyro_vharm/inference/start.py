@@ -1,4 +1,4 @@
-"""Start densities: a Gaussian per unit matched to draws, with a share of prior mixed in."""
+"""Start densities: a Gaussian per unit matched to draws, mixed with the prior, or either alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_vharm.errors import InputError
 from pyro_vharm.model.densities import UnitDensities
 
-_ROWS_PER_PASS = 2**17
+__all__ = [
+    "MatchedStart",
+    "PriorStart",
+    "StartDensity",
+    "UnitGaussian",
+    "match_gaussian",
+    "match_start",
+]
 
-__all__ = ["StartDensity", "UnitGaussian", "match_gaussian", "match_start"]
+_ROWS_PER_PASS = 2**17
 
 
 @dataclass(frozen=True)
@@ -34,25 +42,24 @@ class UnitGaussian:
         )
         return self.unwhiten(noise)
 
+    @property
+    def fields(self) -> tuple[Tensor, Tensor]:
+        """Mean and Cholesky factor."""
+        return self.mean, self.scale_tril
+
     def unwhiten(self, noise: Tensor) -> Tensor:
-        """Mean + L · noise."""
-        return self.mean + self.scale(noise)
-
-    def scale(self, noise: Tensor) -> Tensor:
-        """L · noise, for ``(particle, unit, dim)``."""
-        scaled: Tensor = torch.einsum("uij,puj->pui", self.scale_tril, noise)
-        return scaled
-
-    def scale_transposed(self, vector: Tensor) -> Tensor:
-        """Lᵀ · vector, for ``(particle, unit, dim)``."""
-        scaled: Tensor = torch.einsum("uij,pui->puj", self.scale_tril, vector)
-        return scaled
+        """Mean + L · noise, for ``(particle, unit, dim)``."""
+        return self.mean + torch.einsum("uij,puj->pui", self.scale_tril, noise)
 
     def whiten(self, latents: Tensor) -> Tensor:
         """L⁻¹ (latents − mean), for ``(particle, unit, dim)``."""
         centred = (latents - self.mean).permute(1, 2, 0)
         solved: Tensor = torch.linalg.solve_triangular(self.scale_tril, centred, upper=False)
         return solved.permute(2, 0, 1)
+
+    def select(self, units: Tensor) -> UnitGaussian:
+        """That of some of the units."""
+        return UnitGaussian(self.mean[units], self.scale_tril[units])
 
     @property
     def log_abs_det(self) -> Tensor:
@@ -65,7 +72,43 @@ class UnitGaussian:
         return -0.5 * (square + latents.shape[-1] * math.log(2 * math.pi)) - self.log_abs_det
 
 
-def match_gaussian(draws: Tensor) -> UnitGaussian:
+class _Moments:
+    """Mean and sum of outer products about it, of draws that come in passes."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.outer = torch.tensor(0.0)
+
+    def add(self, draws: Tensor) -> None:
+        """Take in draws ``(particle, unit, dim)`` (Chan, Golub, LeVeque, 1983)."""
+        count, mean = len(draws), draws.mean(0)
+        centred = draws - mean
+        outer = torch.einsum("pui,puj->uij", centred, centred)
+        if not self.count:
+            self.count, self.mean, self.outer = count, mean, outer
+            return
+        total, apart = self.count + count, mean - self.mean
+        between = apart[..., :, None] * apart[..., None, :] * (self.count * count / total)
+        self.outer = self.outer + outer + between
+        self.mean = self.mean + apart * (count / total)
+        self.count = total
+
+    def gaussian(self) -> UnitGaussian:
+        """The Gaussian with these moments, correlations shrunk; see `match_gaussian`."""
+        covariance = self.outer / self.count
+        deviation = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+        floor = torch.finfo(deviation.dtype).eps ** 0.5 * (1 + self.mean.abs())
+        deviation = torch.maximum(deviation, floor)
+        correlation = covariance / (deviation[..., :, None] * deviation[..., None, :])
+        eye = torch.eye(self.mean.shape[-1], dtype=self.mean.dtype, device=self.mean.device)
+        off = correlation * (1 - eye)
+        variance = ((1 - off.square()).square() * (1 - eye)).sum((-1, -2)) / max(self.count - 1, 1)
+        share = (variance / off.square().sum((-1, -2)).clamp(min=1e-30)).clamp(1e-4, 1.0)
+        shrunk = off * (1 - share)[:, None, None] + eye
+        return UnitGaussian(self.mean, deviation[..., None] * torch.linalg.cholesky(shrunk))
+
+
+def match_gaussian(*draws: Tensor) -> UnitGaussian:
     """Match mean and covariance of each unit's draws, with correlations shrunk toward 0.
 
     The share of shrinkage is the estimated optimum Σ var(r_ij) / Σ r_ij² over pairs i ≠ j
@@ -74,22 +117,12 @@ def match_gaussian(draws: Tensor) -> UnitGaussian:
     their correlations.
 
     Args:
-        draws: shape ``(particle, unit, dim)``.
+        draws: one or more tensors of shape ``(particle, unit, dim)``.
     """
-    count, _, dim = draws.shape
-    mean = draws.mean(0)
-    centred = draws - mean
-    deviation = centred.square().mean(0).sqrt()
-    floor = torch.finfo(draws.dtype).eps ** 0.5 * (1 + mean.abs())
-    deviation = torch.maximum(deviation, floor)
-    standard = centred / deviation
-    correlation = torch.einsum("pui,puj->uij", standard, standard) / count
-    eye = torch.eye(dim, dtype=draws.dtype, device=draws.device)
-    off = correlation * (1 - eye)
-    variance = ((1 - off.square()).square() * (1 - eye)).sum((-1, -2)) / (count - 1)
-    share = (variance / off.square().sum((-1, -2)).clamp(min=1e-30)).clamp(1e-4, 1.0)
-    shrunk = off * (1 - share)[:, None, None] + eye
-    return UnitGaussian(mean, deviation[..., None] * torch.linalg.cholesky(shrunk))
+    moments = _Moments()
+    for part in draws:
+        moments.add(part)
+    return moments.gaussian()
 
 
 @dataclass(frozen=True)
@@ -98,7 +131,8 @@ class StartDensity:
 
     Attributes:
         gaussian: the Gaussian part.
-        prior_share: ε; guards against a guide that sits on one of several modes.
+        prior_share: ε; guards against a guide that sits on one of several modes. With ε = 1 it is
+            the prior alone.
     """
 
     gaussian: UnitGaussian
@@ -106,16 +140,20 @@ class StartDensity:
 
     def sample(self, densities: UnitDensities, num_particles: int) -> Tensor:
         """Draws of shape ``(particle, unit, dim)``."""
-        draws = self.gaussian.sample(num_particles)
         if self.prior_share == 0:
-            return draws
+            return self.gaussian.sample(num_particles)
         with torch.no_grad():
-            prior = densities.draw_prior(num_particles).latents
+            prior = densities.draw_prior(num_particles)
+        if self.prior_share == 1:
+            return prior
+        draws = self.gaussian.sample(num_particles)
         chosen = torch.rand(draws.shape[:2], device=draws.device) < self.prior_share
         return torch.where(chosen[..., None], prior, draws)
 
     def log_prob(self, latents: Tensor, log_prior: Tensor) -> Tensor:
         """Log density, shape ``(particle, unit)``, given log p(h; θ) at the same latents."""
+        if self.prior_share == 1:
+            return log_prior
         gaussian = self.gaussian.log_prob(latents)
         if self.prior_share == 0:
             return gaussian
@@ -123,12 +161,43 @@ class StartDensity:
             gaussian + math.log1p(-self.prior_share), log_prior + math.log(self.prior_share)
         )
 
+    def select(self, units: Tensor) -> StartDensity:
+        """That of some of the units."""
+        return StartDensity(self.gaussian.select(units), self.prior_share)
+
 
 def match_start(densities: UnitDensities, prior_share: float) -> StartDensity:
     """Match the start density to draws from the guide, or from the prior where there is none."""
     wanted = 200 + 10 * densities.dim
-    per_pass = max(_ROWS_PER_PASS // densities.num_units, 1)
+    per_pass = max(_ROWS_PER_PASS // densities.num_units, 2)
+    moments = _Moments()
     with torch.no_grad():
-        sizes = [min(per_pass, wanted - done) for done in range(0, wanted, per_pass)]
-        latents = torch.cat([densities.draw_latents(size) for size in sizes])
-    return StartDensity(match_gaussian(latents), prior_share)
+        for done in range(0, wanted, per_pass):
+            moments.add(densities.draw_latents(min(per_pass, wanted - done)))
+    return StartDensity(moments.gaussian(), prior_share)
+
+
+@dataclass(frozen=True)
+class MatchedStart:
+    """Start at a Gaussian per unit, matched to draws of the guide, with a share of prior.
+
+    Args:
+        prior_share: share of prior in the start density, in [0, 1).
+        refit: match the Gaussian anew to where a pilot's particles end, so that a near-Gaussian
+            posterior needs few temperatures in any dimension.
+    """
+
+    prior_share: float = 0.05
+    refit: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prior_share < 1:
+            raise InputError(f"prior_share must lie in [0, 1), not {self.prior_share}")
+
+
+@dataclass(frozen=True)
+class PriorStart:
+    """Start at the prior p(h; θ), as the classical recipe does."""
+
+    prior_share = 1.0
+    refit = False

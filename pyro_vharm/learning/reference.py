@@ -14,7 +14,9 @@ from torch import Tensor
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Estimate
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
-from pyro_vharm.inference.evidence import choose_method, estimate_evidence
+from pyro_vharm.inference.choice import Choice, choose_method
+from pyro_vharm.inference.evidence import estimate_evidence
+from pyro_vharm.inference.start import MatchedStart
 from pyro_vharm.learning.training import Schedule, minimise, shuffled_passes
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.minibatches import cut_batch
@@ -396,9 +398,9 @@ def _retrain(
 def _monitor(problem: Problem) -> Estimate:
     """Log evidence as a learner left it, to choose between attempts and for nothing else."""
     dim = problem.densities[0].dim
-    method = choose_method(problem.densities)
+    choice = choose_method(problem.densities)
     if dim > 2:
-        method = AnnealedImportanceSampling(
-            num_particles=8, num_steps=5, num_settling=5, refit_start=dim > _MANY_DIMS
-        )
-    return estimate_evidence(problem.densities, method).per_unit.total()
+        start = MatchedStart(refit=dim > _MANY_DIMS)
+        quick = AnnealedImportanceSampling(8, num_steps=5, num_settling=5, start=start)
+        choice = Choice(quick)
+    return estimate_evidence(problem.densities, choice).per_unit.total()

@@ -174,11 +174,9 @@ class UnitDensities:
             at = run_model(self.model, self.batch, structure, 1, values=padded, record=True)
         return self._pack(at.unconstrained, 1)
 
-    def draw_prior(self, num_particles: int) -> Draws:
-        """Draw from p(h; θ), with what is observed held fixed."""
-        latents = replace(self, guide=None).draw_latents(num_particles)
-        terms = self.terms(latents)
-        return Draws(latents, terms.log_joint, terms.log_prior)
+    def draw_prior(self, num_particles: int) -> Tensor:
+        """Draws from p(h; θ), with what is observed held fixed, ``(particle, unit, dim)``."""
+        return replace(self, guide=None).draw_latents(num_particles)
 
     def draw_guide(self, num_particles: int) -> Draws:
         """Draw from q(h) and evaluate guide and model there."""

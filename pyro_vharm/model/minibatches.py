@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.guide_runs import GuideRun, run_guide
 from pyro_vharm.model.model_runs import run_model_at
 
-__all__ = ["cut_batch"]
+__all__ = ["cut_batch", "unit_blocks", "unit_selector"]
+
+_PROBED_UNITS = 64
 
 
 def cut_batch(densities: UnitDensities, size: int) -> list[Batch]:
@@ -32,6 +36,65 @@ def cut_batch(densities: UnitDensities, size: int) -> list[Batch]:
     parts = torch.randperm(num_units).tensor_split(-(-num_units // size))
     cut = [_select(whole, part, num_units) for part in parts]
     return cut if _same_densities(densities, cut[0], parts[0]) else [whole]
+
+
+def unit_blocks(densities: UnitDensities, size: int) -> Iterator[tuple[Tensor, UnitDensities]]:
+    """The units of a batch in blocks of at most `size`, each with the indices of its units.
+
+    All of them at once where the batch cannot be cut; see `unit_selector`.
+    """
+    every = torch.arange(densities.num_units, device=densities.device)
+    select = None if densities.num_units <= size else unit_selector(densities)
+    if select is None:
+        yield every, densities
+        return
+    for part in every.tensor_split(-(-densities.num_units // size)):
+        yield part, select(part)
+
+
+def unit_selector(densities: UnitDensities) -> Callable[[Tensor], UnitDensities] | None:
+    """What gives the densities of some units of a batch alone, without the guide.
+
+    Tensor arguments whose first dim counts units are indexed along it. ``None`` where that gives
+    a few units that were tried other densities than they have in the whole batch, or none at all:
+    with units along another dim, plates of fixed size, or data that are no arguments.
+    """
+    if densities.layout.plate is None or densities.batch.subsample or densities.num_units < 2:
+        return None
+
+    def select(units: Tensor) -> UnitDensities:
+        return _densities_of(densities, units)
+
+    order = torch.randperm(densities.num_units, device=densities.device)
+    units = order[: min(_PROBED_UNITS, densities.num_units // 2)]
+    return select if _gives_the_same(densities, select(units), units) else None
+
+
+def _densities_of(densities: UnitDensities, units: Tensor) -> UnitDensities:
+    dim = densities.layout.dim
+    assert dim is not None, "one joint unit is never cut"
+    sites = []
+    for site in densities.sites:
+        shape = list(site.batch_shape)
+        shape[dim] = len(units)
+        sites.append(replace(site, batch_shape=tuple(shape)))
+    batch = _select(densities.batch, units, densities.num_units)
+    return replace(densities, guide=None, batch=batch, sites=tuple(sites), num_units=len(units))
+
+
+def _gives_the_same(densities: UnitDensities, part: UnitDensities, units: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            latents = densities.draw_latents(2)
+            expected, found = densities.terms(latents), part.terms(latents[:, units])
+    except (InputError, RuntimeError, ValueError, IndexError):
+        return False
+    tolerance = torch.finfo(densities.dtype).eps ** 0.5
+    return all(
+        some.shape == every[:, units].shape
+        and torch.allclose(some, every[:, units], rtol=tolerance, atol=tolerance, equal_nan=True)
+        for some, every in zip(found, expected, strict=True)
+    )
 
 
 def _select(batch: Batch, units: Tensor, num_units: int) -> Batch:

@@ -1,0 +1,132 @@
+"""A tempered population that feels its way along the path: what pilots measure and tune with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vharm.inference.hamiltonian import HamiltonianMoves
+from pyro_vharm.inference.path import PathState
+from pyro_vharm.inference.schedules import ThermodynamicLength
+from pyro_vharm.inference.start import match_gaussian
+from pyro_vharm.particles import effective_sample_size, systematic_resample
+
+__all__ = ["Tempered", "first_step_sizes", "temper", "tune_step"]
+
+_FIRST_STEP_SIZE = 0.5
+_LEAST_SHARE = 2 / 3  # of the effective size that one step may leave: relative variance ½
+_MOST_STEPS, _BISECTIONS = 100, 30
+
+
+class Tempered(NamedTuple):
+    """Where a tempered population went, and how it got there.
+
+    Attributes:
+        state: particles at β = 1, with equal weights.
+        length: the path's thermodynamic length per unit.
+        step_sizes: tuned at each knot after the first, shape ``(knot − 1, unit)``.
+        metrics: Cholesky factors of the population's covariance at each knot after the first,
+            shape ``(knot − 1, unit, dim, dim)``; ``None`` if a metric was given.
+    """
+
+    state: PathState
+    length: ThermodynamicLength
+    step_sizes: Tensor
+    metrics: Tensor | None
+
+
+def first_step_sizes(state: PathState) -> Tensor:
+    """Where the tuning of step sizes begins, shape ``(unit,)``."""
+    dim = state.latents.shape[-1]
+    return torch.full_like(state.log_joint[0], _FIRST_STEP_SIZE * dim**-0.25)
+
+
+def tune_step(
+    moves: HamiltonianMoves,
+    state: PathState,
+    temperature: Tensor,
+    step_size: Tensor,
+    metric: Tensor | None = None,
+) -> tuple[PathState, Tensor]:
+    """One transition, and step sizes pulled toward the acceptance that the kernel aims at."""
+    state, accepted = moves(state, temperature, step_size, metric)
+    pull = accepted.mean(0) - moves.kernel.target_acceptance
+    return state, step_size * pull.exp()
+
+
+def temper(
+    moves: HamiltonianMoves, num_particles: int, *, own_metric: bool, num_sweeps: int = 2
+) -> Tempered:
+    """Take draws of the start density to the posterior, in steps that each unit chooses.
+
+    A unit's next β is the farthest at which the effective sample size of the incremental weights
+    is ⅔; then it resamples and moves. Everything adapts to the particles themselves, so their
+    weights prove nothing: this is for pilots.
+
+    Args:
+        moves: the transitions.
+        num_particles: the size of the population of each unit.
+        own_metric: whiten moves by the population's own covariance at each step.
+        num_sweeps: transitions at each temperature.
+
+    Source: "Inference for Lévy-driven stochastic volatility models via adaptive sequential Monte
+    Carlo", Jasra, Stephens, Doucet, Tsagaris (2011).
+    """
+    state = moves.draw_start(num_particles)
+    step_size = first_step_sizes(state)
+    temperature = torch.zeros_like(step_size)
+    knots, lengths = [temperature], [torch.zeros_like(step_size)]
+    steps, metrics = [], []
+    while bool((temperature < 1).any()):
+        reached = _farthest(state.log_ratio, temperature)
+        if len(knots) > _MOST_STEPS:
+            reached = torch.ones_like(reached)
+        increments = (reached - temperature) * state.log_ratio
+        lengths.append(lengths[-1] + _spread(increments))
+        knots.append(reached)
+        state = state.take(systematic_resample(increments))
+        metric = match_gaussian(state.latents).scale_tril if own_metric else None
+        for _ in range(num_sweeps):
+            state, step_size = tune_step(moves, state, reached, step_size, metric)
+        temperature = reached
+        steps.append(step_size)
+        if metric is not None:
+            metrics.append(metric)
+    length = ThermodynamicLength(torch.stack(knots), torch.stack(lengths))
+    return Tempered(state, length, torch.stack(steps), torch.stack(metrics) if metrics else None)
+
+
+def _farthest(log_ratio: Tensor, temperature: Tensor) -> Tensor:
+    """The largest β ≤ 1 whose incremental weights keep their share of the effective size."""
+    finite = log_ratio.nan_to_num(nan=-torch.inf)
+    least = _LEAST_SHARE * (~torch.isneginf(finite)).sum(0)
+
+    def keeps(reached: Tensor) -> Tensor:
+        size = effective_sample_size(_increment(reached - temperature, finite))
+        return ~(size < least)  # without any finite weight there is nothing to keep
+
+    one = torch.ones_like(temperature)
+    low, high = temperature, one
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        good = keeps(middle)
+        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+    shortest = temperature + 1e-8
+    return torch.where(keeps(one), one, torch.maximum(low, shortest).clamp(max=1.0))
+
+
+def _increment(change: Tensor, log_ratio: Tensor) -> Tensor:
+    """Change · log_ratio, where 0 · −∞ counts as −∞: no density there from the first step on."""
+    return torch.where(torch.isneginf(log_ratio), -torch.inf, change * log_ratio)
+
+
+def _spread(increments: Tensor) -> Tensor:
+    """Standard deviation of the increments that are finite, shape ``(unit,)``."""
+    finite = torch.isfinite(increments)
+    count = finite.sum(0).clamp(min=2)
+    values = increments.masked_fill(~finite, 0.0)
+    mean = values.sum(0) / count
+    square = torch.where(finite, (values - mean).square(), 0.0).sum(0)
+    return (square / (count - 1)).sqrt()
