@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from scipy.stats import t as student
+from torch import Tensor
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import UnitEstimates, concatenate
@@ -18,11 +20,13 @@ from pyro_vharm.inference.sequential import SequentialMonteCarlo
 from pyro_vharm.inference.start import PriorStart, match_start
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import unit_selector
+from pyro_vharm.particles import Particles
 
 __all__ = ["Agreement", "Confirmation", "confirm"]
 
 _FAILURE_RATE = 1e-3
 _MOST_BATCHES, _MOST_UNCUT = 2, 256
+_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS, _GROUPS = 256, 2048, 2**19, 16
 
 type Outcome = Literal["agrees", "contradicts", "undecided"]
 
@@ -92,12 +96,13 @@ class Confirmation:
         num_units: units to check, picked at random, from two batches at most.
         method: the second method. By default `SequentialMonteCarlo` from the prior; for a method
             that starts there itself, `AnnealedImportanceSampling` from a matched Gaussian.
-        tolerance: nats per unit within which the two must agree, errors included.
+        tolerance: nats per unit within which the two must agree, errors included; by default
+            what losing half of the mass would cost.
     """
 
     num_units: int = 32
     method: InferenceMethod | None = None
-    tolerance: float = 0.3
+    tolerance: float = math.log(2)
 
     def __post_init__(self) -> None:
         if self.num_units < 1:
@@ -105,13 +110,14 @@ class Confirmation:
         if not self.tolerance > 0:
             raise InputError(f"tolerance must be positive, not {self.tolerance}")
 
-    def second_to(self, method: InferenceMethod) -> InferenceMethod:
-        """The second method, for a first one."""
+    def second_to(self, method: InferenceMethod, densities: UnitDensities) -> InferenceMethod:
+        """The second method for a first one, with more particles where the units are few."""
         if self.method is not None:
             return self.method
         if isinstance(getattr(method, "start", None), PriorStart):
-            return AnnealedImportanceSampling(num_particles=32)
-        return SequentialMonteCarlo()
+            return AnnealedImportanceSampling(num_particles=64)
+        count = densities.affordable(_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS)
+        return SequentialMonteCarlo(count - count % _GROUPS, num_groups=_GROUPS)
 
 
 def confirm(
@@ -132,42 +138,44 @@ def confirm(
         confirmation: what to do.
         progress: show a bar.
     """
-    second = confirmation.second_to(method)
     batches = torch.randperm(len(densities))[:_MOST_BATCHES].tolist()
     wanted = -(-confirmation.num_units // len(batches))
-    pairs = [_pair(densities[i], first[i], second, wanted, progress) for i in batches]
-    known = [pair for pair in pairs if pair is not None]
-    if not known:
+    drawn = [_draw_units(densities[i], wanted) for i in batches]
+    some = [(i, *found) for i, found in zip(batches, drawn, strict=True) if found is not None]
+    if not some:
         return None
-    groups = min(degrees for _, _, degrees in known)
+    second = confirmation.second_to(method, some[0][2])
+    runs = [_run(densities[i], part, units, second, progress) for i, units, part in some]
     return Agreement(
-        first=concatenate([one for one, _, _ in known]),
-        second=concatenate([other for _, other, _ in known]),
-        degrees=groups - 1,
+        first=concatenate([first[i].take(units) for i, units, _ in some]),
+        second=concatenate([estimate_units(run) for run in runs]),
+        degrees=min(len(run.independent_log_weights) for run in runs) - 1,
         tolerance=confirmation.tolerance,
         method=str(second),
     )
 
 
-def _pair(
+def _draw_units(densities: UnitDensities, wanted: int) -> tuple[Tensor, UnitDensities] | None:
+    """So many units at random, or all of them; ``None`` if they are many and stick together."""
+    every = torch.arange(densities.num_units, device=densities.device)
+    if densities.num_units <= wanted:
+        return every, densities
+    select = unit_selector(densities)
+    if select is None:
+        return (every, densities) if densities.num_units <= _MOST_UNCUT else None
+    units = every[torch.randperm(densities.num_units, device=every.device)[:wanted]]
+    return units, select(units)
+
+
+def _run(
     densities: UnitDensities,
-    first: UnitEstimates,
+    part: UnitDensities,
+    units: Tensor,
     method: InferenceMethod,
-    wanted: int,
     progress: bool,
-) -> tuple[UnitEstimates, UnitEstimates, int] | None:
-    """The same units by both methods, and from how many independent weights the second is."""
-    part, units = densities, torch.arange(densities.num_units, device=densities.device)
-    select = unit_selector(densities) if densities.num_units > wanted else None
-    if select is not None:
-        units = units[torch.randperm(densities.num_units, device=units.device)[:wanted]]
-        part = select(units)
-    elif densities.num_units > _MOST_UNCUT:
-        return None
-    if isinstance(method, AnnealedImportanceSampling | SequentialMonteCarlo):
-        # units that run alone have no guide: they start where the whole batch says
-        start = match_start(densities, method.start.prior_share).select(units)
-        run = method.run(part, start=start, progress=progress)
-    else:
-        run = method.run(part, progress=progress)
-    return first.take(units), estimate_units(run), len(run.independent_log_weights)
+) -> Particles:
+    if not isinstance(method, AnnealedImportanceSampling | SequentialMonteCarlo):
+        return method.run(part, progress=progress)
+    # units that run alone have no guide: they start where the whole batch says
+    start = match_start(densities, method.start.prior_share).select(units)
+    return method.run(part, start=start, progress=progress)

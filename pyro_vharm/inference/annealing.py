@@ -34,6 +34,7 @@ __all__ = ["AnnealedImportanceSampling", "AnnealedPlan", "anneal_forward", "anne
 _ROWS_AT_ONCE = 2**14
 _PILOT_SWEEPS = 2
 _LARGEST_RISE = 8
+_CAUTION = 2.0  # the largest weights are those that a pilot misses
 
 
 class AnnealedPlan(NamedTuple):
@@ -216,7 +217,7 @@ class AnnealedImportanceSampling:
         num_steps, done = self.num_steps, []
         part, own = densities, exact
         while len(pending):
-            plan, variance, spread = self.tune(
+            plan, variance = self.tune(
                 part, start.select(pending), length.select(pending), num_steps
             )
             ready = self._is_narrow(variance) | (num_steps >= self._most_steps)
@@ -235,7 +236,7 @@ class AnnealedImportanceSampling:
                 part = select(pending[left])
             own = None if own is None else own[:, left]
             pending = pending[left]
-            num_steps = self._next(num_steps, spread[left])
+            num_steps = self._next(num_steps, variance[left])
         return done
 
     @property
@@ -245,14 +246,14 @@ class AnnealedImportanceSampling:
     def _is_narrow(self, variance: Tensor) -> Tensor:
         if self.target_width is None:
             return torch.ones_like(variance, dtype=torch.bool)
-        return variance / self.num_particles <= self.target_width
+        return _CAUTION * variance / self.num_particles <= self.target_width
 
-    def _next(self, num_steps: int, spread: Tensor) -> int:
-        """Temperatures for the units left: log weights have variance ∝ 1/T along a path."""
-        if not len(spread) or self.target_width is None:
+    def _next(self, num_steps: int, variance: Tensor) -> int:
+        """Temperatures for the units left: log weights have variance log(1 + V) ∝ 1/T."""
+        if not len(variance) or self.target_width is None:
             return num_steps
-        aim = math.log1p(self.num_particles * self.target_width)
-        rise = min(max(float(spread.median()) / aim, 2.0), _LARGEST_RISE)
+        aim = math.log1p(self.num_particles * self.target_width / _CAUTION)
+        rise = min(max(float(variance.log1p().median()) / aim, 2.0), _LARGEST_RISE)
         doublings = round(math.log2(rise))
         return min(num_steps << doublings, self.max_steps)
 
@@ -264,8 +265,7 @@ class AnnealedImportanceSampling:
         """
         start = self.locate(densities, start)
         length = self._measure(densities, start)
-        plan, variance, _ = self.tune(densities, start, length, self.num_steps)
-        return plan, variance
+        return self.tune(densities, start, length, self.num_steps)
 
     def locate(self, densities: UnitDensities, start: StartDensity) -> StartDensity:
         """The start density, its Gaussian refitted by a pilot if that was asked for."""
@@ -293,12 +293,12 @@ class AnnealedImportanceSampling:
         start: StartDensity,
         length: ThermodynamicLength,
         num_steps: int,
-    ) -> tuple[AnnealedPlan, Tensor, Tensor]:
+    ) -> tuple[AnnealedPlan, Tensor]:
         """Place so many temperatures and tune their step sizes, on throw-away particles.
 
         Returns:
-            the frozen plan; var(w)/mean(w)² of a weight under it, and the variance of log w, as
-            the pilot foresees them, shape ``(unit,)`` each.
+            the frozen plan, and var(w)/mean(w)² of a weight under it as the pilot foresees it,
+            shape ``(unit,)``.
         """
         moves = self._moves(densities, start, num_steps)
         temperatures = self.schedule.place(num_steps, length)
@@ -312,8 +312,7 @@ class AnnealedImportanceSampling:
             step_sizes.append(step_size)
         plan = AnnealedPlan(moves, temperatures, torch.stack(step_sizes))
         log_weights, _ = drop_nonfinite(log_weights)
-        spread = log_weights.nan_to_num(neginf=torch.finfo(log_weights.dtype).min / 1e6).var(0)
-        return plan, relative_variance(log_weights), spread
+        return plan, relative_variance(log_weights)
 
     def _plan_of(self, densities: UnitDensities, plan: AnnealedPlan, units: Tensor) -> AnnealedPlan:
         moves = self._moves(densities, plan.moves.start.select(units), plan.num_steps)

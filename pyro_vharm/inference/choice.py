@@ -17,6 +17,7 @@ __all__ = ["Choice", "InferenceMethod", "choose_method"]
 
 _FEWEST_STEPS = 5
 _MOST_DIMS = 3
+_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 16, 128, 2**15
 
 
 class InferenceMethod(Protocol):
@@ -73,19 +74,32 @@ def choose_method(
             )
         return Choice(Enumeration(), "all latents are discrete")
     if automatic:
-        return _automatic(dim, target_width)
+        return _automatic(dim, target_width, _annealing(densities, target_width))
     _check(method)
     assert method is not None and method != "auto", "both are automatic"
     return Choice(method, target_width=getattr(method, "target_width", None))
 
 
-def _automatic(dim: int, target_width: float) -> Choice:
-    annealed = AnnealedImportanceSampling(num_steps=_FEWEST_STEPS, target_width=target_width)
+def _automatic(dim: int, target_width: float, annealed: AnnealedImportanceSampling) -> Choice:
     if dim > _MOST_DIMS:
         reason = f"{dim} continuous dimensions are too many for quadrature"
         return Choice(annealed, reason, target_width=target_width)
     reason = f"{dim} continuous dimension{'s' if dim > 1 else ''} can be integrated numerically"
     return Choice(Quadrature(), reason, annealed, target_width)
+
+
+def _annealing(
+    densities: Sequence[UnitDensities], target_width: float
+) -> AnnealedImportanceSampling:
+    """Bounds apart by the target, and a mean over units whose standard error is no larger.
+
+    Bounds that lie w apart go with a standard error of √w per unit. Where units are few, more
+    particles cost little.
+    """
+    num_units = sum(part.num_units for part in densities)
+    width = target_width * min(1.0, num_units * target_width)
+    count = min(part.affordable(_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS) for part in densities)
+    return AnnealedImportanceSampling(count, num_steps=_FEWEST_STEPS, target_width=width)
 
 
 def _check(method: object) -> None:

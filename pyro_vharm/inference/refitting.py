@@ -15,9 +15,10 @@ from pyro_vharm.model.densities import UnitDensities
 
 __all__ = ["refit_start"]
 
-_LEAST_PARTICLES = 32
+_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 64, 512, 2**17
 _WIDE_SHARE = 0.5
-_DRAWS, _DRAWS_PER_DIM = 100, 10
+_FIRST_DRAWS, _DRAWS = 64, 128
+_FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 5, 25
 _TYPICAL_STEPS = 20
 
 
@@ -32,25 +33,26 @@ def refit_start(
     Half of the population starts from the Gaussian, half from the prior, whatever the share of
     prior in the start density, and all are tempered with resampling: so modes that a guide misses
     have their part in the match, as long as the prior leads to them. Then the population moves on
-    at β = 1, twice for as many draws as a covariance matrix needs; the first ones set the metric
-    for the second.
+    at β = 1, for as many draws as a covariance matrix needs; an early match sets the metric.
 
     Args:
         densities: the units.
         start: the density to refit; its share of prior is kept.
         kernel: the transitions.
-        num_particles: the size of the population, at least 32.
+        num_particles: the least size of the population; at least 64, more where units are few.
     """
-    count = max(num_particles, _LEAST_PARTICLES)
+    affordable = densities.affordable(_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS)
+    count, dim = max(num_particles, affordable), densities.dim
     wide = replace(start, prior_share=_WIDE_SHARE)
-    num_moves = -(-(_DRAWS + _DRAWS_PER_DIM * densities.dim) // count)
-    moves = kernel.moves(densities, wide, count, 2 * (_TYPICAL_STEPS + num_moves))
+    first = -(-(_FIRST_DRAWS + _FIRST_DRAWS_PER_DIM * dim) // count)
+    second = -(-(_DRAWS + _DRAWS_PER_DIM * dim) // count)
+    moves = kernel.moves(densities, wide, count, 2 * _TYPICAL_STEPS + first + second)
     tempered = temper(moves, count, own_metric=True)
     assert tempered.metrics is not None, "asked for"
     state, step_size, metric = tempered.state, tempered.step_sizes[-1], tempered.metrics[-1]
-    state, step_size, first = _collect(moves, state, step_size, metric, num_moves)
-    *_, second = _collect(moves, state, step_size, first.scale_tril, num_moves)
-    return replace(start, gaussian=second)
+    state, step_size, early = _collect(moves, state, step_size, metric, first)
+    *_, gaussian = _collect(moves, state, step_size, early.scale_tril, second)
+    return replace(start, gaussian=gaussian)
 
 
 def _collect(

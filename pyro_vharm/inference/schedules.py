@@ -23,8 +23,10 @@ __all__ = [
 class ThermodynamicLength(NamedTuple):
     """How far apart the densities of the path lie, as a pilot measured it per unit.
 
-    The length from 0 to β is ∫₀^β sd_{f_b}[log p(v, h; θ) − log f_0(h)] db. With T steps of equal
-    length Λ/T and perfect mixing, log weights have variance Λ²/T, the least there can be.
+    The length from 0 to β is ∫₀^β sd_{f_b}[log p(v, h; θ) − log f_0(h)] db; measured as the sum of
+    √log(1 + V) over short steps whose weights have relative variance V, which a few particles of
+    next to no weight leave as it is. With T steps of equal length Λ/T and perfect mixing, log
+    weights have variance Λ²/T, the least there can be.
 
     Attributes:
         temperatures: β at the knots, rising from 0 to 1, shape ``(knot, unit)``.

@@ -11,7 +11,7 @@ from pyro_vharm.inference.hamiltonian import HamiltonianMoves
 from pyro_vharm.inference.path import PathState
 from pyro_vharm.inference.schedules import ThermodynamicLength
 from pyro_vharm.inference.start import match_gaussian
-from pyro_vharm.particles import effective_sample_size, systematic_resample
+from pyro_vharm.particles import effective_sample_size, relative_variance, systematic_resample
 
 __all__ = ["Tempered", "first_step_sizes", "temper", "tune_step"]
 
@@ -84,7 +84,7 @@ def temper(
         if len(knots) > _MOST_STEPS:
             reached = torch.ones_like(reached)
         increments = (reached - temperature) * state.log_ratio
-        lengths.append(lengths[-1] + _spread(increments))
+        lengths.append(lengths[-1] + relative_variance(increments).log1p().sqrt())
         knots.append(reached)
         state = state.take(systematic_resample(increments))
         metric = match_gaussian(state.latents).scale_tril if own_metric else None
@@ -120,13 +120,3 @@ def _farthest(log_ratio: Tensor, temperature: Tensor) -> Tensor:
 def _increment(change: Tensor, log_ratio: Tensor) -> Tensor:
     """Change · log_ratio, where 0 · −∞ counts as −∞: no density there from the first step on."""
     return torch.where(torch.isneginf(log_ratio), -torch.inf, change * log_ratio)
-
-
-def _spread(increments: Tensor) -> Tensor:
-    """Standard deviation of the increments that are finite, shape ``(unit,)``."""
-    finite = torch.isfinite(increments)
-    count = finite.sum(0).clamp(min=2)
-    values = increments.masked_fill(~finite, 0.0)
-    mean = values.sum(0) / count
-    square = torch.where(finite, (values - mean).square(), 0.0).sum(0)
-    return (square / (count - 1)).sqrt()

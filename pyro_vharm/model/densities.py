@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.guide_runs import run_guide
@@ -117,6 +118,13 @@ class UnitDensities:
             for site in self.sites
         )
         return total // self._num_run
+
+    def affordable(self, least: int, most: int, elements: int) -> int:
+        """How many particles, so that data and latents of all units have so many elements each."""
+        leaves = pytree.tree_leaves((self.batch.args, dict(self.batch.kwargs)))
+        sizes = [leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)]
+        size = max([self.num_units * max(self.dim, 1), *sizes])
+        return min(max(elements // size, least), most)
 
     @property
     def has_guide_density(self) -> bool:
