@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_vharm.estimates import Kind, UnitEstimates, concatenate
 
 __all__ = [
+    "LEAST_DRAWS_FOR_SHAPE",
     "Particles",
     "choose_num_replicates",
     "drop_nonfinite",
@@ -32,6 +33,9 @@ __all__ = [
     "systematic_resample",
     "tail_size",
 ]
+
+
+LEAST_DRAWS_FOR_SHAPE = 100
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,17 @@ import torch
 from pyro_vharm import (
     AnnealedImportanceSampling,
     DefensiveMixture,
+    GuideProposal,
     HamiltonianKernel,
     ImportanceSampling,
     Kind,
+    LinearSchedule,
     MatchedGaussian,
     MatchedStart,
+    PriorStart,
     Quadrature,
+    SequentialMonteCarlo,
+    SigmoidSchedule,
     log_evidence,
 )
 from pyro_vharm.inference.annealing import anneal_forward, anneal_reverse
@@ -33,6 +38,12 @@ STOCHASTIC = [
     ImportanceSampling(num_particles=8, proposal=MatchedGaussian()),
     ANNEALED,
     replace(ANNEALED, start=MatchedStart(prior_share=0.3, refit=False)),
+    replace(ANNEALED, start=PriorStart(), schedule=SigmoidSchedule(), num_steps=5),
+    replace(ANNEALED, kernel=HamiltonianKernel(2, whitened=False), schedule=LinearSchedule()),
+    replace(ANNEALED, target_width=0.2, max_steps=6),
+    ImportanceSampling(num_particles=8, proposal=GuideProposal()),
+    SequentialMonteCarlo(16, num_groups=4, num_sweeps=1),
+    SequentialMonteCarlo(16, num_groups=2, start=MatchedStart()),
 ]
 
 

@@ -22,9 +22,11 @@ from pyro_vharm.inference.tempering import first_step_sizes, temper, tune_step
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import unit_blocks, unit_selector
 from pyro_vharm.particles import (
+    LEAST_DRAWS_FOR_SHAPE,
     Particles,
     drop_nonfinite,
     join_units,
+    pareto_shape,
     relative_variance,
     resample,
 )
@@ -338,8 +340,14 @@ class AnnealedImportanceSampling:
             reverse_log_weights=reverse_log_weights,
             acceptance=forward.acceptance.mean(0),
             num_steps=torch.full_like(variance, plan.num_steps),
+            pareto_shapes=self._shapes(log_weights),
             num_nonfinite=dropped + dropped_reverse,
         )
+
+    def _shapes(self, log_weights: Tensor) -> Tensor | None:
+        """Pareto k̂, where there are enough particles: a heavy tail of weights seen too rarely."""
+        enough = self.num_particles >= LEAST_DRAWS_FOR_SHAPE
+        return pareto_shape(log_weights) if enough else None
 
     def settle(self, plan: AnnealedPlan, latents: Tensor) -> Tensor:
         """Move particles on at β = 1."""

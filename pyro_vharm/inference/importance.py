@@ -15,6 +15,7 @@ from pyro_vharm.estimates import Kind
 from pyro_vharm.inference.start import StartDensity, match_start
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.particles import (
+    LEAST_DRAWS_FOR_SHAPE,
     Particles,
     drop_nonfinite,
     log_mean_exp,
@@ -27,7 +28,6 @@ __all__ = ["DefensiveMixture", "GuideProposal", "ImportanceSampling", "MatchedGa
 
 _ROWS_PER_PASS = 2**16
 _MOST_KEPT = 1000
-_LEAST_PARTICLES_FOR_SHAPE = 100
 
 type Draw = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -253,6 +253,6 @@ class _Tail:
 
     def shape(self) -> Tensor | None:
         """K̂ of each unit, where there are enough particles."""
-        if self.num_particles < _LEAST_PARTICLES_FOR_SHAPE or self.largest is None:
+        if self.num_particles < LEAST_DRAWS_FOR_SHAPE or self.largest is None:
             return None
         return pareto_shape(self.largest, self.num_particles)

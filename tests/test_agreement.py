@@ -1,0 +1,165 @@
+"""A wrong number with a clean bill is the one outcome that must not be seen."""
+
+import dataclasses
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vharm as vh
+from tests.zoo import linear_gaussian
+from tests.zoo.hard import correlated, eight_schools, far_modes, funnel, logistic_regression
+
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_vharm.JointUnitWarning")
+
+METHODS = {
+    "auto": "auto",
+    "annealing": vh.AnnealedImportanceSampling(num_steps=5),
+    "classical annealing": vh.AnnealedImportanceSampling(
+        num_steps=20,
+        start=vh.PriorStart(),
+        schedule=vh.SigmoidSchedule(),
+        kernel=vh.HamiltonianKernel(whitened=False),
+    ),
+    "sequential": vh.SequentialMonteCarlo(),
+    "importance, defensive": vh.ImportanceSampling(4000),
+    "importance, matched": vh.ImportanceSampling(4000, vh.MatchedGaussian()),
+}
+PLANTED = {
+    "correlated in 2": lambda: correlated(2, 0.99),
+    "correlated in 20": lambda: correlated(20, 0.95),
+    "far modes in 2": lambda: far_modes(2),
+    "far modes in 5": lambda: far_modes(5),
+    "far modes in 20": lambda: far_modes(20),
+    "unequal modes": lambda: far_modes(2, apart=16.0, share=0.1),
+    "funnel": funnel,
+    "eight schools": lambda: eight_schools(False),
+    "logistic regression": logistic_regression,
+}
+SLOW = {("auto", "funnel"), ("annealing", "funnel")}
+
+
+def evidence_of(case, method, **options):
+    options = {"guide": case.guide, "method": method, "progress": False} | options
+    return vh.log_evidence(case.model, case.data, **options)
+
+
+def is_off(evidence, exact, errors=5.0):
+    total = evidence.per_unit.total()
+    return abs(total.value - float(exact.sum())) > errors * total.mc_error + 1e-6
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_wrong_number_has_a_clean_bill(planted, method):
+    if (method, planted) in SLOW:
+        pytest.skip("runs among the slow ones")
+    case = PLANTED[planted]()
+    evidence = evidence_of(case, METHODS[method])
+    assert evidence.standing != "confirmed" or not is_off(evidence, case.exact), str(evidence)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("planted", [*PLANTED, "eight schools, centred", "correlated in 100"])
+@pytest.mark.parametrize("method", METHODS)
+def test_nor_with_other_seeds(planted, method, seed):
+    more = {
+        "eight schools, centred": lambda: eight_schools(True),
+        "correlated in 100": lambda: correlated(100, 0.97),
+    }
+    case = (PLANTED | more)[planted]()
+    evidence = evidence_of(case, METHODS[method], seed=seed)
+    assert evidence.standing != "confirmed" or not is_off(evidence, case.exact), str(evidence)
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_a_guide_on_the_lesser_mode_does_not_fool_annealing(dim):
+    case = far_modes(dim)
+    method = vh.AnnealedImportanceSampling(64, num_steps=10)
+    evidence = evidence_of(case, method)
+    lost = -torch.log(torch.tensor(0.3))  # what a method that stays where the guide is would miss
+    assert float((evidence.per_unit.values - case.exact).abs().max()) < 0.5 * float(lost)
+    assert evidence.standing == "confirmed"
+
+
+def test_a_mode_that_is_missed_is_reported_and_not_averaged():
+    """Importance sampling from a guide on one mode looks perfect from within."""
+    case = far_modes(5, num_units=8)
+    alone = evidence_of(case, vh.ImportanceSampling(4000, vh.MatchedGaussian()), confirmation=None)
+    assert float(alone.pareto_shapes.max()) < 0.7 and float(alone.effective_sizes.min()) > 1000
+    assert alone.standing == "unconfirmed" and is_off(alone, case.exact)
+    checked = evidence_of(case, vh.ImportanceSampling(4000, vh.MatchedGaussian()))
+    assert checked.standing == "doubtful" and checked.agreement.outcome == "contradicts"
+    assert "NOT TO BE TRUSTED" in str(checked) and "finds more" in str(checked)
+    assert torch.equal(alone.per_unit.values, checked.per_unit.values)
+    found = checked.agreement.second.values - checked.agreement.first.values
+    assert abs(float(found.mean()) - 1.2) < 0.3, "log(1 / 0.3) nats per unit"
+
+
+def test_a_second_method_that_finds_less_proves_nothing():
+    case = linear_gaussian(num_units=6)
+    weak = vh.ImportanceSampling(4, vh.MatchedGaussian())
+    second = dataclasses.replace(vh.Confirmation(), method=weak, num_units=4)
+    evidence = evidence_of(case, vh.ImportanceSampling(2000), confirmation=second)
+    assert evidence.agreement.differences.num_units == 4
+    assert evidence.agreement.outcome in {"undecided", "agrees"}
+    assert not evidence.doubts
+
+
+def test_the_second_method_starts_elsewhere():
+    case = linear_gaussian()
+    first = evidence_of(case, vh.SequentialMonteCarlo())
+    assert "AnnealedImportanceSampling" in first.agreement.method
+    other = evidence_of(case, vh.ImportanceSampling(500))
+    assert "SequentialMonteCarlo" in other.agreement.method and "PriorStart" in str(other)
+
+
+def test_agreement_over_batches_and_units_that_stick_together():
+    case = linear_gaussian(num_units=60)
+    method = vh.ImportanceSampling(200)
+    batched = vh.log_evidence(
+        case.model, list(case.data[0].split(10)), guide=case.guide, method=method, progress=False
+    )
+    assert batched.agreement.differences.num_units == 20, "two batches of ten"
+
+    def fixed_size(v):
+        with pyro.plate("units", 300):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+            pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+    (v,) = linear_gaussian(num_units=100).data
+    stuck = vh.log_evidence(fixed_size, (v.reshape(-1),), method=method, progress=False)
+    assert stuck.agreement is None and stuck.standing == "unconfirmed"
+    assert "no second method" in str(stuck)
+
+
+def test_a_target_is_met_only_if_confirmed():
+    case = linear_gaussian(num_units=40)
+    method = vh.AnnealedImportanceSampling(target_width=0.1, num_steps=3)
+    met = evidence_of(case, method)
+    assert met.target_is_met and float(met.widths.mean()) < 0.1
+    assert not evidence_of(case, method, confirmation=None).target_is_met
+    assert evidence_of(case, vh.AnnealedImportanceSampling()).target_is_met is None
+    tight = dataclasses.replace(method, target_width=1e-6, max_steps=3)
+    assert not evidence_of(case, tight).target_is_met
+
+
+def test_what_auto_takes_and_why():
+    case = linear_gaussian()
+    flat = evidence_of(case, "auto")
+    assert "Quadrature" in flat.method and "2 continuous dimensions" in str(flat)
+    many = evidence_of(correlated(20, 0.5), None, target_width=0.2)
+    assert "AnnealedImportanceSampling" in many.method and "too many" in many.reason
+
+    def stiff(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+            pyro.sample("v", dist.Normal(h**2, 1e-4), obs=v)
+
+    v = torch.tensor([1.0, 2.0])
+    fallen = vh.log_evidence(stiff, (v,), progress=False)
+    exact = dist.Normal(0.0, 1.0).log_prob(v.sqrt()) - 0.5 * v.log()
+    assert "quadrature leaves" in fallen.reason or "Quadrature" in fallen.method
+    assert fallen.standing != "confirmed" or not is_off(fallen, exact)
