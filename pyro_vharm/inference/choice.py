@@ -16,7 +16,7 @@ from pyro_vharm.particles import Particles
 __all__ = ["Choice", "InferenceMethod", "choose_method"]
 
 _FEWEST_STEPS = 5
-_MOST_DIMS = 3
+_MOST_DIMS = 2
 _LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 16, 128, 2**15
 
 
@@ -56,12 +56,12 @@ def choose_method(
 ) -> Choice:
     """The user's method; or, by continuous dimensions of a unit, the cheapest that meets a width.
 
-    None: enumeration, which is exact. Up to three: quadrature, and annealing if it does not
+    None: enumeration, which is exact. Up to two: quadrature, and annealing if it does not
     converge. More: annealing, whose pilot gives each unit the temperatures it needs.
 
     Raises:
-        InputError: if the method is not one; gives draws, but no evidence; or all latents are
-            discrete and it is another than enumeration.
+        InputError: if the method is not one, or all latents are discrete and it is another than
+            enumeration.
     """
     if not target_width > 0:
         raise InputError(f"target_width must be positive, not {target_width}")
@@ -103,11 +103,6 @@ def _annealing(
 
 
 def _check(method: object) -> None:
-    if type(method).__name__ == "HamiltonianMonteCarlo":
-        raise InputError(
-            "HamiltonianMonteCarlo gives posterior draws, but no evidence; pass "
-            "method=BridgeSampling(draws=...) to get it from them, or use draw_posterior"
-        )
     if not callable(getattr(method, "run", None)) or isinstance(method, type):
         raise InputError(
             "method must be 'auto' or an inference method, such as AnnealedImportanceSampling(), "

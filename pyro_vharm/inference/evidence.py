@@ -168,7 +168,7 @@ class Evidence:
         return Bound(value, "upper", Kind.CONDITIONAL, 1 - delta)
 
     def _by_error(self, side: Literal["lower", "upper"], delta: float) -> Bound:
-        """The estimate less or plus its error: numerical, or a normal quantile of a standard one."""
+        """The estimate less or plus its error, or a normal quantile of a standard one."""
         total, sign = self.per_unit.total(), -1.0 if side == "lower" else 1.0
         if total.kind <= Kind.NUMERICAL:
             return Bound(total.value + sign * total.mc_error, side, total.kind, 1.0)
@@ -348,7 +348,7 @@ def log_evidence(
             batches.
         guide: a trained guide; its draws say where to look. Without one, the prior does.
         method: an inference method. By default, or with ``"auto"``: `Enumeration` where all
-            latents are discrete, `Quadrature` for units of up to three continuous dimensions where
+            latents are discrete, `Quadrature` for units of one or two continuous dimensions where
             it converges, else `AnnealedImportanceSampling` with as many temperatures as the target
             width needs; the result says which and why.
         target_width: nats per unit for which ``"auto"`` chooses: bounds apart, or numerical error.
