@@ -318,7 +318,7 @@ def test_audits_that_are_refused_before_any_work():
     with pytest.raises(vh.InputError, match="reference must be a Reference or a mapping"):
         call(reference=3)
     for method in ("annealed", vh.Quadrature):
-        with pytest.raises(vh.InputError, match="method must be an inference method"):
+        with pytest.raises(vh.InputError, match="method must be 'auto' or an inference method"):
             call(method=method)
     with pytest.raises(vh.InputError, match="heldout is a bare Tensor"):
         call(heldout=V)
