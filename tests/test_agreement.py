@@ -88,7 +88,7 @@ def test_a_mode_that_is_missed_is_reported_and_not_averaged():
     """Importance sampling from a guide on one mode looks perfect from within."""
     case = far_modes(5, num_units=8)
     alone = evidence_of(case, vh.ImportanceSampling(4000, vh.MatchedGaussian()), confirmation=None)
-    assert float(alone.pareto_shapes.max()) < 0.7 and float(alone.effective_sizes.min()) > 1000
+    assert float(alone.pareto_shapes.max()) < 0.7 and float(alone.effective_sizes.min()) > 900
     assert alone.standing == "unconfirmed" and is_off(alone, case.exact)
     checked = evidence_of(case, vh.ImportanceSampling(4000, vh.MatchedGaussian()))
     assert checked.standing == "doubtful" and checked.agreement.outcome == "contradicts"
@@ -130,7 +130,8 @@ def test_agreement_over_batches_and_units_that_stick_together():
             pyro.sample("v", dist.Normal(h, 1.0), obs=v)
 
     (v,) = linear_gaussian(num_units=100).data
-    stuck = vh.log_evidence(fixed_size, (v.reshape(-1),), method=method, progress=False)
+    many = vh.ImportanceSampling(2000)
+    stuck = vh.log_evidence(fixed_size, (0.3 * v.reshape(-1),), method=many, progress=False)
     assert stuck.agreement is None and stuck.standing == "unconfirmed"
     assert "no second method" in str(stuck)
 
