@@ -22,6 +22,8 @@ from pyro_vharm.estimates import Bound, Estimate, Kind, UnitEstimates
 from pyro_vharm.inference.agreement import Agreement, Confirmation
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.bidirectional import Sandwich, bdmc
+from pyro_vharm.inference.bridge import BridgeSampling
+from pyro_vharm.inference.chains import HamiltonianMonteCarlo
 from pyro_vharm.inference.enumeration import Enumeration
 from pyro_vharm.inference.evidence import Evidence, log_evidence
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel
@@ -62,6 +64,7 @@ __all__ = [
     "Attempt",
     "Audit",
     "Bound",
+    "BridgeSampling",
     "Confirmation",
     "DefensiveMixture",
     "Enumeration",
@@ -70,6 +73,7 @@ __all__ = [
     "EvidencePair",
     "GuideProposal",
     "HamiltonianKernel",
+    "HamiltonianMonteCarlo",
     "ImportanceSampling",
     "ImportanceWeightedELBO",
     "ImportanceWeightedLearner",

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
+from pyro_vharm.inference.chains import HamiltonianMonteCarlo
 from pyro_vharm.inference.enumeration import Enumeration
 from pyro_vharm.inference.quadrature import Quadrature
 from pyro_vharm.model.densities import UnitDensities
@@ -60,8 +61,8 @@ def choose_method(
     converge. More: annealing, whose pilot gives each unit the temperatures it needs.
 
     Raises:
-        InputError: if the method is not one, or all latents are discrete and it is another than
-            enumeration.
+        InputError: if the method is not one; gives draws, but no evidence; or all latents are
+            discrete and it is another than enumeration.
     """
     if not target_width > 0:
         raise InputError(f"target_width must be positive, not {target_width}")
@@ -103,6 +104,11 @@ def _annealing(
 
 
 def _check(method: object) -> None:
+    if isinstance(method, HamiltonianMonteCarlo):
+        raise InputError(
+            "HamiltonianMonteCarlo gives posterior draws, but no evidence; pass "
+            "method=BridgeSampling(draws=HamiltonianMonteCarlo(...)) to get it from them"
+        )
     if not callable(getattr(method, "run", None)) or isinstance(method, type):
         raise InputError(
             "method must be 'auto' or an inference method, such as AnnealedImportanceSampling(), "
