@@ -37,7 +37,12 @@ PLANTED = {
     "eight schools": lambda: eight_schools(False),
     "logistic regression": logistic_regression,
 }
-SLOW = {("auto", "funnel"), ("annealing", "funnel")}
+SLOW = {
+    ("auto", "funnel"),
+    ("auto", "far modes in 5"),
+    ("auto", "far modes in 20"),
+    ("annealing", "funnel"),
+}
 
 
 def evidence_of(case, method, **options):
@@ -154,6 +159,9 @@ def test_what_auto_takes_and_why():
     many = evidence_of(correlated(20, 0.5), None, target_width=0.2)
     assert "AnnealedImportanceSampling" in many.method and "too many" in many.reason
 
+
+@pytest.mark.slow
+def test_auto_falls_back_where_quadrature_does_not_converge():
     def stiff(v):
         with pyro.plate("units", len(v)):
             h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))

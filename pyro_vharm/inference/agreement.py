@@ -26,7 +26,7 @@ __all__ = ["Agreement", "Confirmation", "confirm"]
 
 _FAILURE_RATE = 1e-3
 _MOST_BATCHES, _MOST_UNCUT = 2, 256
-_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS, _GROUPS = 256, 2048, 2**19, 16
+_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS, _GROUPS = 256, 1024, 2**16, 16
 
 type Outcome = Literal["agrees", "contradicts", "undecided"]
 

@@ -15,7 +15,7 @@ from pyro_vharm.model.densities import UnitDensities
 
 __all__ = ["refit_start"]
 
-_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 64, 512, 2**17
+_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 64, 256, 2**15
 _WIDE_SHARE = 0.5
 _FIRST_DRAWS, _DRAWS = 64, 128
 _FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 5, 25
