@@ -5,15 +5,17 @@
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
+# one thread for each process of the tests: two of torch on small tensors are no faster than one
+SHARED := OMP_NUM_THREADS=1
 
 demo: $(READY)
 	$(RUN)/python examples/digits_vae.py
 
 test: $(READY)
-	$(RUN)/python -m pytest -m "not slow"
+	$(SHARED) $(RUN)/python -m pytest -n auto -m "not slow"
 
 slow: $(READY)
-	$(RUN)/python -m pytest -m slow
+	$(SHARED) $(RUN)/python -m pytest -n auto -m slow
 
 bench: $(READY)
 	$(RUN)/python -m pip install --quiet --editable ".[bench]"

@@ -272,7 +272,9 @@ def test_graphs_do_not_outlive_a_call_in_which_what_they_rest_on_may_change(monk
         pyro.sample("v", dist.Normal(h, 1.0).to_event(1), obs=v)
 
     v = torch.tensor([50.0, -30.0, 20.0], dtype=torch.float32)
-    method = vh.AnnealedImportanceSampling(num_particles=4, num_steps=2)
+    method = vh.AnnealedImportanceSampling(
+        4, num_steps=2, start=vh.MatchedStart(refit=False), schedule=vh.LinearSchedule()
+    )
     values = []
     for bonus in (0.0, 0.5):
         held["bonus"] = bonus
