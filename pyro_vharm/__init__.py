@@ -52,7 +52,9 @@ from pyro_vharm.learning.refit import Refit
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
+from pyro_vharm.objectives.gradients import DoublyReparameterized, Pathwise, StickingTheLanding
 from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
+from pyro_vharm.objectives.objective import ObjectiveReport
 from pyro_vharm.output.datatree import to_datatree
 from pyro_vharm.output.figures import plot_ledger
 from pyro_vharm.particles import Particles
@@ -67,6 +69,7 @@ __all__ = [
     "BridgeSampling",
     "Confirmation",
     "DefensiveMixture",
+    "DoublyReparameterized",
     "Enumeration",
     "Estimate",
     "Evidence",
@@ -86,8 +89,10 @@ __all__ = [
     "LoopedRunsWarning",
     "MatchedGaussian",
     "MatchedStart",
+    "ObjectiveReport",
     "Parameters",
     "Particles",
+    "Pathwise",
     "PriorStart",
     "Quadrature",
     "Reference",
@@ -96,6 +101,7 @@ __all__ = [
     "SequentialMonteCarlo",
     "SigmoidSchedule",
     "Simulation",
+    "StickingTheLanding",
     "ThermodynamicLength",
     "UncompiledWarning",
     "UnitEstimates",

@@ -1,5 +1,7 @@
 """The importance-weighted bound: its value, its gradients, and subsampling."""
 
+import functools
+import itertools
 import math
 
 import pyro
@@ -9,11 +11,12 @@ import torch
 from pyro.infer import SVI, RenyiELBO
 from pyro.infer.autoguide import AutoNormal
 
+import pyro_vharm as vh
 from pyro_vharm import ImportanceWeightedELBO, InputError
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.guide_runs import run_guide
 from pyro_vharm.model.model_runs import run_model
-from pyro_vharm.model.problem import prepare
+from pyro_vharm.model.problem import checked_densities, prepare
 from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
 from tests.statistics import Z, assert_mean, rejects
 from tests.zoo import BASICS, linear_gaussian, normal_model, two_modes
@@ -61,15 +64,8 @@ def test_gradients_have_the_mean_of_pathwise_ones(num_particles):
     ]
 
     def doubly():
-        bound = importance_weighted_bound(
-            structured_model,
-            structured_guide,
-            Batch((v,)),
-            problem.densities[0].structure,
-            num_particles,
-            500,
-        )
-        return gradient(bound.surrogate, leaves)
+        bound = importance_weighted_bound(problem.densities[0], num_particles, 500)
+        return gradient(-bound.loss, leaves)
 
     ours = torch.stack([doubly() for _ in range(40)])
     theirs = torch.stack(
@@ -92,9 +88,8 @@ def test_gradient_for_the_guide_vanishes_at_the_posterior():
 
     problem = prepare(normal_model, guide, (v,))
     slope = problem.guide_parameters.leaves["slope"]
-    structure = problem.densities[0].structure
-    bound = importance_weighted_bound(normal_model, guide, Batch((v,)), structure, 8, 3)
-    assert float(gradient(bound.surrogate, [slope]).abs()) < 1e-9
+    bound = importance_weighted_bound(problem.densities[0], 8, 3)
+    assert float(gradient(-bound.loss, [slope]).abs()) < 1e-9
     assert float(gradient(pathwise(problem, 8, 3), [slope]).abs()) > 1e-3
 
 
@@ -105,14 +100,7 @@ def test_the_bound_is_below_the_evidence_and_rises_with_particles(make):
 
     def bounds(num_particles):
         draws = [
-            importance_weighted_bound(
-                case.model,
-                case.guide,
-                problem.batches[0],
-                problem.densities[0].structure,
-                num_particles,
-                50,
-            ).values.sum()
+            importance_weighted_bound(problem.densities[0], num_particles, 50).per_unit.values.sum()
             for _ in range(30)
         ]
         return torch.stack(draws)
@@ -200,26 +188,130 @@ def test_wrong_arguments():
     with pytest.raises(InputError, match="'elsewhere' does not hold"):
         ImportanceWeightedELBO(2, unit_plate="elsewhere").loss(case.model, case.guide, *case.data)
 
-    def shared_model(v):
-        slope = pyro.param("slope", torch.tensor(0.4))
+
+class Scored(dist.Normal):
+    """A normal that will not be reparameterised."""
+
+    has_rsample = False
+
+
+def coin_model(v):
+    """z ~ Bernoulli(r), h | z ~ N(2z − 1, 1), v | h ~ N(h, s²)."""
+    chance = pyro.param("chance", v.new_tensor(0.4), constraint=dist.constraints.unit_interval)
+    with pyro.plate("units", len(v)):
+        z = pyro.sample("z", dist.Bernoulli(chance))
+        h = pyro.sample("h", dist.Normal(2 * z - 1, 1.0))
+        pyro.sample("v", dist.Normal(h, 0.7), obs=v)
+
+
+def coin_guide(v, family=Scored):
+    slope, shift = pyro.param("slope", v.new_tensor(0.8)), pyro.param("shift", v.new_tensor(0.2))
+    with pyro.plate("units", len(v)):
+        z = pyro.sample("z", dist.Bernoulli(logits=slope * v))
+        pyro.sample("h", family(0.5 * v + shift * (2 * z - 1), 0.8))
+
+
+def coin_bound(v, slope, shift, num_particles, num_draws=100_000):
+    """The same bound with every combination of the K values of z summed over, by autograd."""
+    total = 0.0
+    for signs in itertools.product((-1.0, 1.0), repeat=num_particles):
+        z = torch.tensor(signs)[:, None]
+        log_chance = torch.nn.functional.logsigmoid(z * slope * v)
+        center = 0.5 * v + shift * z
+        h = center + 0.8 * torch.randn(num_draws, num_particles, len(v))
+        log_joint = torch.where(z > 0, 0.4, 0.6).log() + dist.Normal(z, 1.0).log_prob(h)
+        log_joint = log_joint + dist.Normal(h, 0.7).log_prob(v)
+        log_weights = log_joint - log_chance - dist.Normal(center, 0.8).log_prob(h)
+        bound = log_weights.logsumexp(1).mean(0) - math.log(num_particles)
+        total = total + (log_chance.sum(0).exp() * bound).sum()
+    return total
+
+
+@pytest.mark.parametrize("family", [Scored, dist.Normal])
+@pytest.mark.parametrize(("num_particles", "num_replicates"), [(1, 1), (1, 20), (3, 20)])
+def test_score_terms_of_sites_that_cannot_be_reparameterised(family, num_particles, num_replicates):
+    v = torch.tensor([0.6, -1.2])
+    problem = prepare(coin_model, functools.partial(coin_guide, family=family), (v,))
+    leaves = [problem.guide_parameters.leaves[name] for name in ("slope", "shift")]
+    repetitions = 800 if num_replicates == 1 else 150
+
+    def draw():
+        bound = importance_weighted_bound(problem.densities[0], num_particles, num_replicates)
+        return gradient(-bound.loss, leaves)
+
+    ours = torch.stack([draw() for _ in range(repetitions)])
+    exact = gradient(coin_bound(v, *leaves, num_particles), leaves)
+    assert_mean(ours, exact)
+    lost = gradient(coin_bound(v, leaves[0], leaves[1].detach(), num_particles), leaves[:1])
+    assert_mean(ours[:, :1], lost)
+    assert rejects(ours * torch.tensor([1.0, 0.0]), exact), "the test has no power"
+
+
+@pytest.mark.parametrize(
+    ("estimator", "num_particles"),
+    [
+        (vh.Pathwise(), 4),
+        (vh.DoublyReparameterized(), 4),
+        (vh.StickingTheLanding(), 1),
+    ],
+)
+def test_gradients_are_right_for_a_parameter_that_model_and_guide_share(estimator, num_particles):
+    """Each way in which log w depends on it has its own weight, so nothing is lost."""
+    v = torch.tensor([1.0, -0.5, 2.0])
+
+    def model(v):
         with pyro.plate("units", len(v)):
             h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
-            pyro.sample("v", dist.Normal(slope * h, 1.0), obs=v)
+            pyro.sample("v", dist.Normal(pyro.param("slope", v.new_tensor(0.4)) * h, 1.0), obs=v)
 
-    def shared_guide(v):
-        slope = pyro.param("slope", torch.tensor(0.4))
+    def guide(v):
         with pyro.plate("units", len(v)):
-            pyro.sample("h", dist.Normal(slope * v, 1.0))
+            pyro.sample("h", dist.Normal(pyro.param("slope", v.new_tensor(0.4)) * v, 1.0))
 
-    with pytest.raises(InputError, match=r"shares the parameters \['slope'\]"):
-        ImportanceWeightedELBO(2).loss_and_grads(shared_model, shared_guide, torch.ones(3))
+    objective = ImportanceWeightedELBO(num_particles, num_replicates=200, gradient=estimator)
+    assert objective.loss_and_grads(model, guide, v) > 0
+    densities = checked_densities(model, guide, Batch((v,)), None)
 
-    def unreparameterised(v):
-        with pyro.plate("units", len(v)):
-            pyro.sample("h", NoReparameterisation(0.0 * v, 1.0))
+    def draw(estimator):
+        bound = importance_weighted_bound(densities, num_particles, 200, estimator)
+        return -gradient(bound.loss, [pyro.param("slope")])
 
-    class NoReparameterisation(dist.Normal):
-        has_rsample = False
+    slope, noise = torch.tensor(0.4, requires_grad=True), torch.randn(100_000, num_particles, 3)
+    h = slope * v + noise
+    log_weights = 0.5 * (noise.square() - h.square() - (v - slope * h).square())
+    exact = gradient(log_weights.logsumexp(1).mean(0).sum(), [slope])
+    assert_mean(torch.stack([draw(estimator) for _ in range(60)]), exact)
+    direct = gradient(-0.5 * (v - slope * h.detach()).square().mean((0, 1)).sum(), [slope])
+    assert rejects(torch.stack([draw(estimator) for _ in range(60)]), direct)
 
-    with pytest.raises(InputError, match="cannot be reparameterised"):
-        ImportanceWeightedELBO(2).loss_and_grads(shared_model, unreparameterised, torch.ones(3))
+
+def test_sticking_the_landing_is_for_one_particle():
+    v = torch.randn(4, 3)
+    problem = prepare(structured_model, structured_guide, (v,))
+    leaves = [*problem.model_parameters.trainable(), *problem.guide_parameters.trainable()]
+
+    def draw(estimator):
+        bound = importance_weighted_bound(problem.densities[0], 1, 300, estimator)
+        return gradient(-bound.loss, leaves)
+
+    apart = [draw(vh.StickingTheLanding()) - draw(vh.Pathwise()) for _ in range(40)]
+    assert_mean(torch.stack(apart), 0.0)
+    with pytest.raises(InputError, match=r"biased for num_particles=2"):
+        ImportanceWeightedELBO(2, gradient=vh.StickingTheLanding())
+
+
+def test_an_objective_reports_each_units_bound_with_its_error():
+    case = linear_gaussian()
+    objective = ImportanceWeightedELBO(10, num_replicates=100)
+    loss = objective.loss(case.model, case.guide, *case.data)
+    report = objective.latest
+    assert report.side == "lower" and report.acceptance is None
+    assert float(report.per_unit.values.sum()) == pytest.approx(-loss)
+    z = (report.per_unit.values - case.exact) / report.per_unit.mc_errors
+    assert float(z.max()) < Z and "lower bound" in str(report)
+    one = ImportanceWeightedELBO(200)
+    one.loss(case.model, case.guide, *case.data)
+    assert bool(torch.isfinite(one.latest.per_unit.mc_errors).all())
+    alone = ImportanceWeightedELBO(1)
+    alone.loss(case.model, case.guide, *case.data)
+    assert bool(torch.isinf(alone.latest.per_unit.mc_errors).all()), "one weight has no error"

@@ -98,13 +98,13 @@ def test_the_gradient_of_a_bound_is_one_named_structure(local):
                 pyro.sample("h", dist.Normal(v / precision, precision**-0.5))
 
         problem = prepare(model, guide, (V,))
-        theta, structure = problem.model_parameters, problem.densities[0].structure
+        theta = problem.model_parameters
         leaf = next(leaf for name, leaf in theta.leaves.items() if "scale" in name)
         wanted = torch.autograd.grad(exact(leaf, V), leaf)[0]
 
         def draw():
-            bound = importance_weighted_bound(model, guide, problem.batches[0], structure, 1, 50)
-            return theta.gradient(bound.surrogate)
+            bound = importance_weighted_bound(problem.densities[0], 1, 50)
+            return theta.gradient(-bound.loss)
 
         gradients = [draw() for _ in range(50)]
     assert gradients[0].keys() == theta.leaves.keys()

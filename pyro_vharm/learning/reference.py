@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -19,7 +19,7 @@ from pyro_vharm.inference.evidence import estimate_evidence
 from pyro_vharm.inference.start import MatchedStart
 from pyro_vharm.learning.training import Schedule, minimise, shuffled_passes
 from pyro_vharm.model.data import Data
-from pyro_vharm.model.minibatches import cut_batch
+from pyro_vharm.model.minibatches import cut_units
 from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import Problem, capture_pair, prepare
 from pyro_vharm.model.state import untouched
@@ -51,7 +51,7 @@ class ImportanceWeightedLearner:
         num_particles: K of the bound.
         num_steps: gradient steps on θ and φ from each start.
         learning_rate: first step size of Adam; it falls along a half cosine to a hundredth.
-        batch_size: units per step where one batch holds more and can be cut; see `cut_batch`.
+        batch_size: units per step where one batch holds more and can be cut; see `cut_units`.
         guide_steps: gradient steps that retrain φ at θ_ref.
         guide_replicates: draws per unit in each of these.
     """
@@ -104,21 +104,12 @@ def _maximise_bound(
     description: str,
     progress: bool,
 ) -> None:
-    guide = problem.guide
-    assert guide is not None, "callers check for a guide first"
-    batches = [part for d in problem.densities for part in cut_batch(d, batch_size)]
+    batches = [part for d in problem.densities for part in cut_units(d, batch_size)]
     order = shuffled_passes(len(batches), schedule.num_steps)
 
     def loss(step: int) -> Tensor:
-        bound = importance_weighted_bound(
-            problem.model,
-            guide,
-            batches[order[step]],
-            problem.densities[0].structure,
-            num_particles,
-            num_replicates,
-        )
-        return -bound.surrogate * len(batches)  # unbiased whatever the sizes of the batches
+        bound = importance_weighted_bound(batches[order[step]], num_particles, num_replicates)
+        return bound.loss * len(batches)  # unbiased whatever the sizes of the batches
 
     minimise(loss, leaves, schedule, description=description, progress=progress)
 
@@ -303,15 +294,8 @@ def _attempt(
 
 def _probe(problem: Problem) -> Problem:
     """A few hundred of the units, if they can be had apart, with the same live parameters."""
-    part = cut_batch(problem.densities[0], _PROBED_UNITS)[0]
-    probe = prepare(
-        problem.model,
-        problem.guide,
-        [part],
-        unit_plate=problem.layout.plate,
-        parameters=problem.declared,
-    )
-    return probe.with_prior_shared_by(problem.densities[0].structure.declared_units)
+    part = cut_units(problem.densities[0], _PROBED_UNITS)[0]
+    return replace(problem, batches=[part.batch], densities=[part])
 
 
 def _as_learned(problem: Problem) -> _Candidate:

@@ -138,13 +138,7 @@ def _refit_freed(
 
 
 def _fit(densities: UnitDensities, leaves: list[Tensor], refit: Refit, progress: bool) -> None:
-    guide = densities.guide
-    assert guide is not None, "the densities of a refit have a guide"
-
     def loss(_step: int) -> Tensor:
-        bound = importance_weighted_bound(
-            densities.model, guide, densities.batch, densities.structure, 1, refit.num_replicates
-        )
-        return -bound.surrogate
+        return importance_weighted_bound(densities, 1, refit.num_replicates).loss
 
     minimise(loss, leaves, refit.schedule, description="refitting the guide", progress=progress)

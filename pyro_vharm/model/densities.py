@@ -131,14 +131,29 @@ class UnitDensities:
         """Whether there is a guide, and not one that holds latents as point masses."""
         return self.guide is not None and self.structure.guide_density is not GuideDensity.NONE
 
+    def run_at(self, latents: Tensor, *, record: bool = False) -> ModelRun:
+        """The model at packed latents ``(particle, unit, dim)``, discrete latents summed out.
+
+        With `record`, `ModelRun.log_abs_det` is that of the latents' transforms to their supports.
+        """
+        return run_model(
+            self.model,
+            self.batch,
+            self.structure,
+            len(latents),
+            unconstrained=self.unpack(latents),
+            summed=self.structure.discrete,
+            record=record,
+        )
+
     def terms(self, latents: Tensor) -> DensityTerms:
         """Log prior and log joint at packed latents ``(particle, unit, dim)``."""
-        run = self._run_at(latents)
-        return DensityTerms(self._counted(run.log_prior), self._counted(run.log_joint))
+        run = self.run_at(latents)
+        return DensityTerms(self.counted(run.log_prior), self.counted(run.log_joint))
 
     def log_joint(self, latents: Tensor) -> Tensor:
         """Log p(v, h; θ) at packed latents, shape ``(particle, unit)``."""
-        return self._counted(self._run_at(latents).log_joint)
+        return self.counted(self.run_at(latents).log_joint)
 
     def plain_log_joint(self, latents: Tensor) -> Tensor:
         """`log_joint` by one ordinary run of the model per particle: slow, and right by itself."""
@@ -147,7 +162,7 @@ class UnitDensities:
 
     def constrain(self, latents: Tensor) -> dict[str, Tensor]:
         """The continuous latents on their own supports, site → ``(particle, *plates, *event)``."""
-        return self._run_at(latents).values
+        return self.run_at(latents).values
 
     def draw_latents(self, num_particles: int) -> Tensor:
         """Draws of the guide, or of the prior where there is no guide density.
@@ -171,7 +186,7 @@ class UnitDensities:
             masks=masks,
             record=True,
         )
-        return self._pack(at.unconstrained, num_particles)
+        return self.pack(at.unconstrained, num_particles)
 
     def pack_values(self, values: Mapping[str, Tensor]) -> Tensor:
         """Latents of one plain run, on their supports by site, as ``(1, unit, dim)``."""
@@ -180,7 +195,7 @@ class UnitDensities:
         padded = {name: value[None] for name, value in structure.pad(own).items()}
         with torch.no_grad():
             at = run_model(self.model, self.batch, structure, 1, values=padded, record=True)
-        return self._pack(at.unconstrained, 1)
+        return self.pack(at.unconstrained, 1)
 
     def draw_prior(self, num_particles: int) -> Tensor:
         """Draws from p(h; θ), with what is observed held fixed, ``(particle, unit, dim)``."""
@@ -192,34 +207,26 @@ class UnitDensities:
         assert self.guide is not None
         drawn = run_guide(self.guide, self.batch, self.structure, num_particles)
         at = run_model_at(self.model, self.batch, self.structure, num_particles, drawn, record=True)
-        volume = self._counted(at.log_abs_det)
+        volume = self.counted(at.log_abs_det)
         log_guide = drawn.log_guide.to(at.log_joint)
         if self.structure.per_unit:
-            log_guide = self._counted(log_guide.expand_as(at.log_joint)) + volume
+            log_guide = self.counted(log_guide.expand_as(at.log_joint)) + volume
         else:
             log_guide = log_guide + volume.sum(1, keepdim=True)
-        latents = self._pack(at.unconstrained, num_particles)
-        return Draws(latents, self._counted(at.log_joint) + volume, log_guide)
+        latents = self.pack(at.unconstrained, num_particles)
+        return Draws(latents, self.counted(at.log_joint) + volume, log_guide)
 
     @property
     def _num_run(self) -> int:
         """The units of one run, with those that only fill up a plate."""
         return self.num_units + self.batch.num_padded
 
-    def _counted(self, per_unit: Tensor) -> Tensor:
+    def counted(self, per_unit: Tensor) -> Tensor:
+        """``(particle, unit)`` without the units that only fill up a plate."""
         return per_unit[:, : self.num_units] if self.batch.num_padded else per_unit
 
-    def _run_at(self, latents: Tensor) -> ModelRun:
-        return run_model(
-            self.model,
-            self.batch,
-            self.structure,
-            len(latents),
-            unconstrained=self.unpack(latents),
-            summed=self.structure.discrete,
-        )
-
-    def _pack(self, values: Mapping[str, Tensor], num_particles: int) -> Tensor:
+    def pack(self, values: Mapping[str, Tensor], num_particles: int) -> Tensor:
+        """Unconstrained values by site as packed latents ``(particle, unit, dim)``."""
         packed = [
             torch.empty(num_particles, self._num_run, 0, dtype=self.dtype, device=self.device)
         ]
@@ -230,7 +237,7 @@ class UnitDensities:
             value = value.expand(num_particles, *site.batch_shape, *site.event_shape)
             value = self.layout.unit_second(value, len(site.event_shape))
             packed.append(value.reshape(num_particles, self._num_run, -1))
-        return self._counted(torch.cat(packed, -1))
+        return self.counted(torch.cat(packed, -1))
 
     def unpack(self, latents: Tensor) -> dict[str, Tensor]:
         """Packed latents by site, unconstrained, ``(particle, *plates, *event)``."""

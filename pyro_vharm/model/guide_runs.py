@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_vharm.model.data import Batch
@@ -30,6 +31,8 @@ class GuideRun(NamedTuple):
         random: the sites among them that are drawn, not computed from others.
         log_guide: log q(h) on the supports, ``(particle, unit)``; ``(particle, 1)`` where it can
             be had in total only.
+        log_score: the part of it that sites in `irreproducible` have, of the same shape; 0 where
+            there are none.
         masks: the masks of its sites, which the ELBO puts on the model's as well.
         irreproducible: sites whose draws cannot be differentiated in their parameters.
     """
@@ -37,6 +40,7 @@ class GuideRun(NamedTuple):
     values: dict[str, Tensor]
     random: tuple[str, ...]
     log_guide: Tensor
+    log_score: Tensor
     masks: dict[str, Mask]
     irreproducible: tuple[str, ...]
 
@@ -58,14 +62,18 @@ def run_guide(
         sites = latent_sites(trace)
         random = [site for site in sites if not is_point_mass(site)]
         seen["random"] = tuple(site["name"] for site in random)
-        seen["irreproducible"] = tuple(s["name"] for s in random if not s["fn"].has_rsample)
+        irreproducible = tuple(s["name"] for s in random if not s["fn"].has_rsample)
+        seen["irreproducible"] = irreproducible
         seen["masks"] = {site["name"]: masked_where(site) for site in sites}
         found = {site["name"]: site["value"] for site in sites}
         factors = [(site, own_log_prob(site)) for site in sites]
-        log_guide = UnitSums(trace, layout, count, count_units(trace, layout)).product(factors)
+        sums = UnitSums(trace, layout, count, count_units(trace, layout))
+        log_guide = sums.product(factors)
+        scored = [factor for factor in factors if factor[0]["name"] in irreproducible]
+        log_score = sums.product(scored) if scored else torch.zeros_like(log_guide)
         if count is None:
-            return structure.pad(found), log_guide[0]
-        return structure.spread(found, count), log_guide
+            return structure.pad(found), log_guide[0], log_score[0]
+        return structure.spread(found, count), log_guide, log_score
 
-    found, log_guide = structure.guide_runs(run, dict(values or {}), num_particles)
-    return GuideRun(found, log_guide=log_guide, **seen)
+    found, log_guide, log_score = structure.guide_runs(run, dict(values or {}), num_particles)
+    return GuideRun(found, log_guide=log_guide, log_score=log_score, **seen)

@@ -15,12 +15,12 @@ from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.guide_runs import GuideRun, run_guide
 from pyro_vharm.model.model_runs import run_model_at
 
-__all__ = ["cut_batch", "unit_blocks", "unit_selector"]
+__all__ = ["cut_units", "unit_blocks", "unit_selector"]
 
 _PROBED_UNITS = 64
 
 
-def cut_batch(densities: UnitDensities, size: int) -> list[Batch]:
+def cut_units(densities: UnitDensities, size: int) -> list[UnitDensities]:
     """Random minibatches of about `size` units that together hold every unit once.
 
     Tensor arguments whose first dim counts units are indexed along it. The cut is used only if
@@ -28,14 +28,14 @@ def cut_batch(densities: UnitDensities, size: int) -> list[Batch]:
     batch; otherwise (parameters per datum in the guide, units along another dim, plates of fixed
     size) the batch is returned whole.
     """
-    whole, num_units = densities.batch, densities.num_units
+    num_units = densities.num_units
     if num_units <= size or densities.layout.plate is None:
-        return [whole]
+        return [densities]
     if not (densities.has_guide_density and densities.structure.per_unit):
-        return [whole]
+        return [densities]
     parts = torch.randperm(num_units).tensor_split(-(-num_units // size))
-    cut = [_select(whole, part, num_units) for part in parts]
-    return cut if _same_densities(densities, cut[0], parts[0]) else [whole]
+    cut = [_densities_of(densities, part) for part in parts]
+    return cut if _same_densities(densities, cut[0].batch, parts[0]) else [densities]
 
 
 def unit_blocks(densities: UnitDensities, size: int) -> Iterator[tuple[Tensor, UnitDensities]]:
@@ -62,8 +62,10 @@ def unit_selector(densities: UnitDensities) -> Callable[[Tensor], UnitDensities]
     if densities.layout.plate is None or densities.batch.subsample or densities.num_units < 2:
         return None
 
+    alone = replace(densities, guide=None)
+
     def select(units: Tensor) -> UnitDensities:
-        return _densities_of(densities, units)
+        return _densities_of(alone, units)
 
     order = torch.randperm(densities.num_units, device=densities.device)
     units = order[: min(_PROBED_UNITS, densities.num_units // 2)]
@@ -79,7 +81,7 @@ def _densities_of(densities: UnitDensities, units: Tensor) -> UnitDensities:
         shape[dim] = len(units)
         sites.append(replace(site, batch_shape=tuple(shape)))
     batch = _select(densities.batch, units, densities.num_units)
-    return replace(densities, guide=None, batch=batch, sites=tuple(sites), num_units=len(units))
+    return replace(densities, batch=batch, sites=tuple(sites), num_units=len(units))
 
 
 def _gives_the_same(densities: UnitDensities, part: UnitDensities, units: Tensor) -> bool:

@@ -40,8 +40,8 @@ class ModelRun(NamedTuple):
         log_joint: the same with the observed sites.
         values: the latents on their supports, ``(particle, *plates, *event)``.
         unconstrained: the continuous latents on the unconstrained scale.
-        log_abs_det: log |dz/du| of the transforms to the supports of latents that were recorded,
-            ``(particle, unit)``.
+        log_abs_det: log |dz/du| of the transforms to the supports of the continuous latents, if
+            they were recorded, ``(particle, unit)``.
         scale: the factor from subsampling or ``poutine.scale``, which is not in the densities.
     """
 
@@ -80,7 +80,8 @@ def run_model(
             Jacobian of the transform.
         masks: the guide's masks by site.
         summed: discrete latents to sum out.
-        record: find the unconstrained values of the latents that were not given there.
+        record: find the unconstrained values of the latents that were not given there, and the
+            log Jacobians of all.
     """
     layout, masks = structure.layout, masks or {}
     recorded = structure.continuous if record or unconstrained else ()
@@ -108,7 +109,7 @@ def run_model(
         prior = [_with_jacobian(s, masks.get(s["name"]), substitute) for s in latents]
         likelihood = _observed(trace, structure, declared=False)
         log_prior, log_joint = _prior_and_joint(sums, prior, likelihood, bool(summed))
-        volumes = _recorded_volumes(sums, substitute)
+        volumes = _recorded_volumes(sums, substitute, record)
         volume = sums.product(volumes) if volumes else torch.zeros_like(log_prior)
         drawn = {s["name"]: s["value"] for s in latents if s["name"] not in summed}
         found = substitute.values
@@ -185,12 +186,12 @@ def _declared_share(sums: UnitSums, structure: Structure, scale: float) -> Tenso
     return share if math.isinf(units) else share + sums.product(own)
 
 
-def _recorded_volumes(sums: UnitSums, substitute: UnconstrainedSites) -> list[Factor]:
-    """Log Jacobians of the latents whose unconstrained values were recorded."""
+def _recorded_volumes(sums: UnitSums, substitute: UnconstrainedSites, record: bool) -> list[Factor]:
+    """Log Jacobians of the latents, of those that were given unconstrained only if asked for."""
     depth = sums.layout.max_plate_nesting + (sums.num_particles is not None)
     volumes = []
     for name, volume in substitute.log_abs_det.items():
-        if name in substitute.given:
+        if name in substitute.given and not record:
             continue
         if volume.dim() > depth:
             raise InputError(

@@ -15,7 +15,7 @@ from pyro_vharm.model.checks import check_densities
 from pyro_vharm.model.data import Batch, Data, as_batches
 from pyro_vharm.model.declared import DeclaredModel, declare
 from pyro_vharm.model.densities import LatentSite, UnitDensities
-from pyro_vharm.model.inspection import inspect_pair
+from pyro_vharm.model.inspection import inspect_pair, run_plainly
 from pyro_vharm.model.parameters import Parameters, capture_parameters, check_disjoint
 from pyro_vharm.model.sites import latent_sites, unconstrained_shape
 from pyro_vharm.model.structure import GuideDensity, Structure
@@ -25,7 +25,7 @@ from pyro_vharm.model.unit_sums import count_units
 from pyro_vharm.model.units import UnitLayout, site_scale
 from pyro_vharm.model.validation import check_same_kind, reporting
 
-__all__ = ["Problem", "capture_pair", "objective_structure", "prepare"]
+__all__ = ["Problem", "call_densities", "capture_pair", "checked_densities", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -208,20 +208,22 @@ def capture_pair(
     return theta, capture_parameters(guide, batch)
 
 
-def objective_structure(
+def checked_densities(
     model: PyroFunction, guide: PyroFunction, batch: Batch, unit_plate: str | None
-) -> Structure:
-    """The structure that an objective needs, from the first batch it is called with.
+) -> UnitDensities:
+    """The densities of one call, of one plateful where a plate subsamples, all checks made.
 
     Raises:
-        InputError: if model and guide do not fit together, or the guide has no density.
+        InputError: if model and guide do not fit together.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        densities = _batch_densities(model, guide, batch, unit_plate)[0]
-    structure = densities.structure
-    if structure.guide_density is GuideDensity.NONE:
-        raise InputError(
-            "the guide holds continuous latents as point masses (Delta), so there is no bound to "
-            "train on; use a guide with a density, such as AutoNormal"
-        )
-    return structure
+        return _batch_densities(model, guide, batch, unit_plate)[0]
+
+
+def call_densities(
+    model: PyroFunction, guide: PyroFunction, batch: Batch, structure: Structure
+) -> UnitDensities:
+    """The densities of one call whose structure is known, unchecked; of subsampled plates too."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        trace = run_plainly(model, guide, batch).model
+        return _densities(model, guide, batch, structure, trace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pyro_vharm.errors import InputError
-from pyro_vharm.model.data import Batch
+from pyro_vharm.model.data import Batch, with_subsample
 from pyro_vharm.model.inspection import PlainRuns
 from pyro_vharm.model.sites import latent_sites, subsample_sites
 from pyro_vharm.model.tracing import FixedSites, PyroFunction, trace_call
 
-__all__ = ["whole_batches"]
+__all__ = ["hold_indices", "whole_batches"]
 
 _SIZES = ("__len__", "size", "dim", "__get__", "numel")
+
+
+def hold_indices(
+    model: PyroFunction, guide: PyroFunction, batch: Batch, subsampled: Set[str]
+) -> Batch:
+    """Draw the indices of plates that subsample once, for all runs of guide and model."""
+    if subsampled <= batch.subsample.keys():
+        return batch
+    with torch.no_grad():
+        for function in (guide, model):
+            found = subsample_sites(trace_call(function, batch))
+            batch = with_subsample(batch, {name: site["value"] for name, site in found.items()})
+    return batch
 
 
 def whole_batches(
