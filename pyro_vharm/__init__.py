@@ -52,8 +52,10 @@ from pyro_vharm.learning.refit import Refit
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
+from pyro_vharm.objectives.chain_starts import GuideChains, PersistentChains
 from pyro_vharm.objectives.gradients import DoublyReparameterized, Pathwise, StickingTheLanding
 from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
+from pyro_vharm.objectives.markov_chain_em import MarkovChainEM
 from pyro_vharm.objectives.objective import ObjectiveReport
 from pyro_vharm.output.datatree import to_datatree
 from pyro_vharm.output.figures import plot_ledger
@@ -74,6 +76,7 @@ __all__ = [
     "Estimate",
     "Evidence",
     "EvidencePair",
+    "GuideChains",
     "GuideProposal",
     "HamiltonianKernel",
     "HamiltonianMonteCarlo",
@@ -87,12 +90,14 @@ __all__ = [
     "LearningHarm",
     "LinearSchedule",
     "LoopedRunsWarning",
+    "MarkovChainEM",
     "MatchedGaussian",
     "MatchedStart",
     "ObjectiveReport",
     "Parameters",
     "Particles",
     "Pathwise",
+    "PersistentChains",
     "PriorStart",
     "Quadrature",
     "Reference",

@@ -125,6 +125,11 @@ class HamiltonianMoves:
         *moved, acceptance = self.trajectory(*inputs)
         return Transition(PathState(*moved), acceptance)
 
+    def on(self, densities: UnitDensities, start: StartDensity) -> HamiltonianMoves:
+        """The same for another batch of the same shape, from a start with as much prior."""
+        trajectory = self.trajectory.on(densities)
+        return replace(self.from_start(start), densities=densities, trajectory=trajectory)
+
     def from_start(self, start: StartDensity) -> HamiltonianMoves:
         """The same along the path from another start density with the same share of prior."""
         assert start.prior_share == self.start.prior_share, "it is part of the compiled function"

@@ -22,7 +22,15 @@ from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.parameters import capture_parameters
 from pyro_vharm.model.state import current_call
 
-__all__ = ["Accelerated", "accelerate", "compiled", "eager", "forget_compiled", "traced"]
+__all__ = [
+    "Accelerated",
+    "accelerate",
+    "batch_signature",
+    "compiled",
+    "eager",
+    "forget_compiled",
+    "traced",
+]
 
 _WORTH_TRACING, _WORTH_COMPILING = 2.0, 60.0  # seconds of eager work ahead
 _MOST_KEPT = 16
@@ -38,6 +46,7 @@ class Accelerated:
         call: takes the further tensors, then those of the batch.
         batch_tensors: the tensors of the batch.
         form: ``"eager"``, ``"graph"`` or ``"compiled"``.
+        function: what it is a form of.
         is_best: whether nothing faster can be had, so that more work ahead changes nothing.
         graph: what was traced.
         call_number: the public call it was last known to be right in.
@@ -46,9 +55,16 @@ class Accelerated:
     call: Callable[..., tuple[Tensor, ...]]
     batch_tensors: tuple[Tensor, ...]
     form: str
+    function: Function
     is_best: bool = False
     graph: GraphModule | None = None
     call_number: int = 0
+
+    def on(self, densities: UnitDensities) -> Accelerated:
+        """The same for another batch whose arguments have the same `batch_signature`."""
+        if self.form == "eager":
+            return replace(eager(self.function, densities), is_best=self.is_best)
+        return replace(self, batch_tensors=_batch_tensors(densities.batch))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function's values; nothing is recorded for differentiation."""
@@ -60,7 +76,7 @@ class Accelerated:
 
 def eager(function: Function, densities: UnitDensities) -> Accelerated:
     """Run the model by Pyro at every call."""
-    return Accelerated(lambda *inputs: function(densities, *inputs), (), "eager")
+    return Accelerated(lambda *inputs: function(densities, *inputs), (), "eager", function)
 
 
 def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor]) -> Accelerated:
@@ -73,7 +89,7 @@ def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor
         RuntimeError: if control flow depends on values, or an operation is random.
     """
     leaves, spec = pytree.tree_flatten(_content(densities.batch))
-    lifted = _contiguous([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+    lifted = _batch_tensors(densities.batch)
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         further, batch_tensors = tensors[: len(inputs)], iter(tensors[len(inputs) :])
@@ -87,7 +103,7 @@ def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.recompile()
     _refuse_random(graph)
-    return Accelerated(graph, lifted, "graph", graph=graph, call_number=current_call())
+    return Accelerated(graph, lifted, "graph", function, graph=graph, call_number=current_call())
 
 
 def compiled(function: Function, densities: UnitDensities, inputs: Sequence[Tensor]) -> Accelerated:
@@ -183,8 +199,6 @@ def _first_that_works(
 
 def _key(function: Function, densities: UnitDensities, inputs: Sequence[Tensor]) -> Hashable:
     """What a graph depends on beside the values of its inputs; ``None`` if that has no hash."""
-    leaves, spec = pytree.tree_flatten(_content(densities.batch))
-    signature = tuple(_signature(leaf) for leaf in (*inputs, *leaves))
     parameters = capture_parameters(densities.model, densities.batch).leaves.values()
     structure = densities.structure
     key = (
@@ -195,14 +209,20 @@ def _key(function: Function, densities: UnitDensities, inputs: Sequence[Tensor])
         densities.sites,
         densities.num_units,
         tuple(id(leaf) for leaf in parameters),
-        repr(spec),
-        signature,
+        tuple(map(_signature, inputs)),
+        batch_signature(densities.batch),
     )
     try:
         hash(key)
     except TypeError:
         return None
     return key
+
+
+def batch_signature(batch: Batch) -> Hashable:
+    """What a graph depends on of a batch: all but the values of its tensors."""
+    leaves, spec = pytree.tree_flatten(_content(batch))
+    return repr(spec), tuple(map(_signature, leaves))
 
 
 def _signature(leaf: Any) -> Hashable:
@@ -227,9 +247,7 @@ def _kept(
     if _is_new_to_this_call(key) and not _still_holds(kept, function, densities, inputs):
         del _GRAPHS[key]
         return None
-    leaves = pytree.tree_leaves(_content(densities.batch))
-    tensors = _contiguous([leaf for leaf in leaves if isinstance(leaf, Tensor)])
-    again = replace(kept, batch_tensors=tensors, call_number=current_call())
+    again = replace(kept.on(densities), call_number=current_call())
     _GRAPHS[key] = again
     elsewhere = tuple(_moved(tensor) for tensor in inputs)
     if not (_same(again(*inputs), expected) and _same(again(*elsewhere), plain(*elsewhere))):
@@ -281,6 +299,11 @@ def _keep(key: Hashable, found: Accelerated) -> Accelerated:
         while len(_GRAPHS) > _MOST_KEPT:
             _GRAPHS.popitem(last=False)
     return found
+
+
+def _batch_tensors(batch: Batch) -> tuple[Tensor, ...]:
+    leaves = pytree.tree_leaves(_content(batch))
+    return _contiguous([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

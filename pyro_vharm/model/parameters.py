@@ -169,7 +169,10 @@ def capture_parameters(function: Callable[..., Any], data: Data | Batch) -> Para
     random_state = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
     with random_state, poutine.block(), poutine.trace(param_only=True) as capture:
         function(*batch.args, **batch.kwargs)
-    stored = pyro.get_param_store().get_state()["constraints"]
+    store = pyro.get_param_store()
+    stored = store.get_state()["constraints"]
+    for name in stored:  # `get_state` takes away what SVI looks for; reading puts it back
+        store[name]
     leaves, found = {}, {}
     for name, site in capture.trace.nodes.items():
         if site["type"] != "param":

@@ -22,7 +22,7 @@ from pyro_vharm.model.structure import Structure
 from pyro_vharm.model.subsampling import hold_indices
 from pyro_vharm.model.tracing import PyroFunction
 
-__all__ = ["ObjectiveReport", "UnitObjective", "UnitTerms"]
+__all__ = ["ObjectiveReport", "Side", "UnitObjective", "UnitTerms"]
 
 _MOST_SHAPES = 64
 
@@ -38,12 +38,14 @@ class UnitTerms(NamedTuple):
             descend; without the factor from subsampling.
         scale: the factor from subsampling.
         acceptance: mean acceptance probability of each unit's transitions, shape ``(unit,)``.
+        side: which side of log p(v_u; θ) it is on, where that is not the objective's own.
     """
 
     per_unit: UnitEstimates
     loss: Tensor
     scale: float
     acceptance: Tensor | None = None
+    side: Side | None = None
 
 
 class ObjectiveReport(NamedTuple):
@@ -118,7 +120,7 @@ class UnitObjective(ELBO, ABC):  # type: ignore[misc]
     ) -> Tensor:
         """The loss as a tensor whose gradient is the objective's estimator, in nats."""
         terms = self.evaluate(self._densities(model, guide, Batch(args, kwargs)))
-        self.latest = ObjectiveReport(terms.per_unit, self.side, terms.acceptance)
+        self.latest = ObjectiveReport(terms.per_unit, terms.side or self.side, terms.acceptance)
         return terms.scale * terms.loss
 
     def loss(self, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any) -> float:
