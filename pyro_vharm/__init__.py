@@ -42,6 +42,8 @@ from pyro_vharm.inference.schedules import (
 )
 from pyro_vharm.inference.sequential import SequentialMonteCarlo
 from pyro_vharm.inference.start import MatchedStart, PriorStart
+from pyro_vharm.learning.history import Checkpoint, History
+from pyro_vharm.learning.recorder import Recorder
 from pyro_vharm.learning.reference import (
     Attempt,
     ImportanceWeightedLearner,
@@ -65,6 +67,7 @@ __all__ = [
     "Audit",
     "Bound",
     "BridgeSampling",
+    "Checkpoint",
     "Confirmation",
     "DefensiveMixture",
     "Enumeration",
@@ -74,6 +77,7 @@ __all__ = [
     "GuideProposal",
     "HamiltonianKernel",
     "HamiltonianMonteCarlo",
+    "History",
     "ImportanceSampling",
     "ImportanceWeightedELBO",
     "ImportanceWeightedLearner",
@@ -90,6 +94,7 @@ __all__ = [
     "Particles",
     "PriorStart",
     "Quadrature",
+    "Recorder",
     "Reference",
     "Refit",
     "Sandwich",
