@@ -11,6 +11,7 @@ All numbers are in nats.
 from pyro_vharm.auditing import audit
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
 from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm, learning_harm
+from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis, diagnose
 from pyro_vharm.diagnostics.verdict import Audit, Verdict
 from pyro_vharm.errors import (
     InputError,
@@ -70,6 +71,8 @@ __all__ = [
     "Checkpoint",
     "Confirmation",
     "DefensiveMixture",
+    "DiagnosedHistory",
+    "Diagnosis",
     "Enumeration",
     "Estimate",
     "Evidence",
@@ -108,6 +111,7 @@ __all__ = [
     "audit",
     "bdmc",
     "capture_parameters",
+    "diagnose",
     "forget_compiled",
     "inference_gap",
     "learn_reference",
