@@ -11,8 +11,12 @@ All numbers are in nats.
 from pyro_vharm.auditing import audit
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
 from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm, learning_harm
+from pyro_vharm.diagnostics.modes import Modes
+from pyro_vharm.diagnostics.shape import PosteriorShape
+from pyro_vharm.diagnostics.shape_measurement import posterior_shape
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis, diagnose
 from pyro_vharm.diagnostics.verdict import Audit, Verdict
+from pyro_vharm.diagnostics.weighted_moments import Measured
 from pyro_vharm.errors import (
     InputError,
     JointUnitWarning,
@@ -93,8 +97,11 @@ __all__ = [
     "LoopedRunsWarning",
     "MatchedGaussian",
     "MatchedStart",
+    "Measured",
+    "Modes",
     "Parameters",
     "Particles",
+    "PosteriorShape",
     "PriorStart",
     "Quadrature",
     "Recorder",
@@ -118,6 +125,7 @@ __all__ = [
     "learning_harm",
     "log_evidence",
     "plot_ledger",
+    "posterior_shape",
     "simulate",
     "to_datatree",
 ]

@@ -43,6 +43,10 @@ def test_exact_evidence_and_gap_at_every_checkpoint(history, tmp_path):
         assert found.gap.evidence.per_unit.total().value == pytest.approx(evidence, abs=1e-5)
         measured = found.gap.gap.total()
         assert abs(measured.value - gap) < Z * measured.mc_error
+        dependence = math.log(1 + a**2) - 0.5 * math.log(1 + 2 * a**2)
+        shape = found.shape
+        assert torch.allclose(shape.gaussian_dependence.values, torch.tensor(dependence), atol=1e-5)
+        assert torch.allclose(shape.non_gaussianity.values, torch.zeros(5), atol=1e-5)
     text = str(diagnosed)
     tree = vh.to_datatree(diagnosed)
     assert tree["trajectory"]["checkpoint"].values.tolist() == list(STEPS)
@@ -57,6 +61,7 @@ def test_exact_evidence_and_gap_at_every_checkpoint(history, tmp_path):
             xr.testing.assert_identical(found[path].to_dataset(), tree[path].to_dataset())
     with pytest.raises(ValueError, match="no checkpoint is diagnosed"):
         vh.to_datatree(vh.DiagnosedHistory(history))
+    assert np.allclose(tree["trajectory"]["non_gaussianity"], 0.0, atol=1e-4)
     assert "3 of 3 checkpoints" in text and "<pre>" in diagnosed._repr_html_()
 
 
@@ -94,6 +99,21 @@ def test_a_checkpoint_without_a_parameter_is_refused(history):
         vh.diagnose(short, (V,), **OPTIONS)
     with pytest.raises(vh.InputError, match=r"indices of 3 checkpoints, got \[3\]"):
         vh.diagnose(history, (V,), checkpoints=[0, 3], **OPTIONS)
+
+
+def test_all_discrete_latents_have_no_shape():
+    def model(v):
+        rate = pyro.param("rate", torch.tensor(0.3))
+        with pyro.plate("units", len(v)):
+            z = pyro.sample("z", pyro.distributions.Bernoulli(rate))
+            pyro.sample("v", pyro.distributions.Normal(z, 1.0), obs=v)
+
+    model(V)
+    recorder = vh.Recorder(model, None, every=1)
+    recorder.record(0)
+    found = vh.diagnose(recorder.history, (V,), **OPTIONS)
+    assert found.diagnoses[0].shape is None and found.diagnoses[0].gap.elbo is None
+    assert "—" in str(found) and "trajectory" in vh.to_datatree(found).children
 
 
 def test_modules_outside_the_store_are_set_too():

@@ -1,4 +1,4 @@
-"""Bound, evidence and gap along a training, at chosen checkpoints, now or later."""
+"""Bound, evidence, gap and posterior shape along a training, now or later."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
+from pyro_vharm.diagnostics.shape import PosteriorShape
+from pyro_vharm.diagnostics.shape_measurement import choose_for_shape, measure_shape
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import UnitEstimates
 from pyro_vharm.inference.choice import InferenceMethod, choose_method
@@ -34,10 +36,12 @@ class Diagnosis:
     Attributes:
         parameters: θ by name, on the user-facing scale.
         gap: log evidence, ELBO and the ELBO of a refitted guide, in nats.
+        shape: of the true posteriors; ``None`` where all latents are discrete.
     """
 
     parameters: Mapping[str, Tensor]
     gap: InferenceGap
+    shape: PosteriorShape | None
 
 
 @dataclass(frozen=True)
@@ -60,24 +64,29 @@ class DiagnosedHistory:
         return tuple(self.diagnoses)
 
     def __str__(self) -> str:
-        rows = [[str(step), *_row(found.gap)] for step, found in self.diagnoses.items()]
-        header = ["step", "log evidence", "ELBO", "gap", "± mc", "approximation", "amortization"]
-        line = f"{len(self.diagnoses)} of {len(self.history)} checkpoints, nats per unit"
-        return "\n".join([text_table(header, rows), line])
+        rows = [[str(step), *_row(found)] for step, found in self.diagnoses.items()]
+        names = ["log evidence", "ELBO", "gap", "± mc", "approx.", "amort.", "non-Gauss.", "dep."]
+        line = (
+            f"{len(self.diagnoses)} of {len(self.history)} checkpoints, nats per unit: "
+            "approximation and amortization\ngap; of the true posteriors, non-Gaussianity and total correlation"
+        )
+        return "\n".join([text_table(["step", *names], rows), line])
 
     def _repr_html_(self) -> str:
         return html_table(str(self))
 
 
-def _row(gap: InferenceGap) -> list[str]:
-    entries = (gap.evidence.per_unit, gap.elbo, gap.gap, gap.approximation, gap.amortization)
-    shown = [_per_unit(entry) for entry in entries]
-    error = "" if gap.gap is None else nats(gap.gap.total().per_unit.mc_error, 4)
-    return [*shown[:3], error, *shown[3:]]
+def _row(found: Diagnosis) -> list[str]:
+    gap, shape = found.gap, found.shape
+    entries = [gap.evidence.per_unit, gap.elbo, gap.gap, gap.approximation, gap.amortization]
+    entries += [None, None] if shape is None else [shape.non_gaussianity, shape.total_correlation]
+    cells = [_per_unit(entry) for entry in entries]
+    error = "—" if gap.gap is None else nats(gap.gap.total().per_unit.mc_error, 4)
+    return [*cells[:3], error, *cells[3:]]
 
 
 def _per_unit(units: UnitEstimates | None) -> str:
-    return "unknown" if units is None else nats(units.total().per_unit.value, 4)
+    return "—" if units is None else nats(units.total().per_unit.value, 4)
 
 
 def diagnose(
@@ -87,17 +96,18 @@ def diagnose(
     checkpoints: Sequence[int] | None = None,
     method: InferenceMethod | None = None,
     refit: Refit | None = None,
+    shape_method: InferenceMethod | None = None,
     unit_plate: str | None = None,
     parameters: Sequence[str] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> DiagnosedHistory:
-    """Measure bound, evidence and gap at checkpoints of a training, and keep what is known.
+    """Measure bound, evidence, gap and posterior shape at checkpoints; keep what is known.
 
-    At each, `inference_gap` is measured with the model and guide of that step. The random numbers
-    of a checkpoint depend on `seed` and its step alone, so that numbers do not change with what
-    else is diagnosed, and errors of different checkpoints are independent. Model and guide are
-    left as they were.
+    At each, `inference_gap` and `posterior_shape` are taken with the model and guide of that step.
+    The random numbers of a checkpoint depend on `seed` and its step alone, so that numbers do not
+    change with what else is diagnosed, and errors of different checkpoints are independent. Model
+    and guide are left as they were.
 
     Args:
         history: of a `Recorder`, or one that was diagnosed in part: what is there stays, and only
@@ -107,6 +117,7 @@ def diagnose(
         checkpoints: indices of the chosen checkpoints; all if left out.
         method: the inference method for ℓ; see `log_evidence`.
         refit: how to refit the guide per unit, and how finely to evaluate the ELBO.
+        shape_method: where the particles of the shape come from; see `posterior_shape`.
         unit_plate: name of the plate of independent units; found if left out.
         parameters: sites that the guide holds as point masses (as AutoDelta does) and that count
             as θ: log evidence then includes their log prior.
@@ -150,10 +161,12 @@ def diagnose(
             history.model, history.guide, data, unit_plate=unit_plate, parameters=parameters
         )
         choice = choose_method(problem.densities, method)
+        shape = choose_for_shape(problem, shape_method) if problem.densities[0].dim else None
         settings = {
             "data": _fingerprint(problem.batches),
             "method": str(choice),
             "refit": str(refit),
+            "shape_method": str(shape),
             "unit_plate": str(problem.layout.plate),
             "parameters": str(tuple(parameters)),
             "seed": str(seed),
@@ -167,9 +180,12 @@ def diagnose(
         for checkpoint in bar:
             _hold(problem, checkpoint)
             pyro.set_rng_seed(seed + checkpoint.step)
-            gap = measure_gap(problem, choice, refit, progress=progress and single)
-            theta = problem.model_parameters.constrained()
-            found[checkpoint.step] = Diagnosis(theta, gap)
+            shown = progress and single
+            found[checkpoint.step] = Diagnosis(
+                problem.model_parameters.constrained(),
+                measure_gap(problem, choice, refit, progress=shown),
+                None if shape is None else measure_shape(problem, shape, progress=shown),
+            )
     return replace(known, diagnoses=dict(sorted(found.items())), settings=settings)
 
 

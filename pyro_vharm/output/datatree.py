@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyro_vharm.diagnostics.gap import InferenceGap
 from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm
-from pyro_vharm.diagnostics.trajectory import DiagnosedHistory
+from pyro_vharm.diagnostics.shape import IN_NATS, PosteriorShape
+from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis
 from pyro_vharm.diagnostics.verdict import Audit
 from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.inference.evidence import Evidence
@@ -38,9 +39,12 @@ def to_datatree(result: object) -> xr.DataTree:
     * ``trajectory``: of a diagnosed history, totals of the same over the coordinate
       ``checkpoint``, whose values are steps; its ``units`` have that coordinate in place of
       ``parameters``, and ``theta`` has the parameters on the user-facing scale.
+    * ``shape`` and ``posterior``: of a posterior shape, its measures per ``unit`` and ``latent``,
+      with each one's ``_mc_error``, and unweighted draws on the unconstrained scale.
 
     Args:
-        result: an `Audit`, `LearningHarm`, `InferenceGap`, `Evidence` or `DiagnosedHistory`.
+        result: an `Audit`, `LearningHarm`, `InferenceGap`, `Evidence`, `DiagnosedHistory` or
+            `PosteriorShape`.
 
     Raises:
         TypeError: for anything else.
@@ -117,20 +121,54 @@ def _(result: DiagnosedHistory) -> xr.DataTree:
         for step, each in zip(result.steps, per_unit, strict=True)
     }
     groups = {
-        "trajectory": _totals([_gap_lines(each.gap) for each in found], steps),
+        "trajectory": _totals([_lines(each) for each in found], steps),
         "units": _units(units, "checkpoint"),
         "theta": xr.Dataset(theta, coords={"checkpoint": steps}),
     }
     return _tree(groups, {f"setting_{name}": value for name, value in result.settings.items()})
 
 
-def _gap_lines(gap: InferenceGap) -> dict[str, UnitEstimates]:
+@to_datatree.register
+def _(result: PosteriorShape) -> xr.DataTree:
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray, Mapping[str, str]]] = {}
+    for name in IN_NATS:
+        units: UnitEstimates = getattr(result, name)
+        variables[name] = (("unit",), _numpy(units.values), _UNITS)
+        variables[f"{name}_mc_error"] = (("unit",), _numpy(units.errors), _UNITS)
+    measured = {"effective_rank": result.effective_rank, **result.coordinates}
+    for name, (values, errors) in measured.items():
+        dims = ("unit", "latent")[: values.dim()]
+        variables[name] = (dims, _numpy(values), {})
+        variables[f"{name}_mc_error"] = (dims, _numpy(errors), {})
+    modes = result.modes
+    variables |= {
+        "dip": (("unit", "axis"), _numpy(result.dips), {}),
+        "dip_p_value": (("unit", "axis"), _numpy(result.dip_p_values), {}),
+        "num_modes": (("unit",), modes.counts.cpu().numpy(), {}),
+        "mode_mass": (("unit", "mode"), _numpy(modes.masses), {}),
+        "mode_location": (("mode", "unit", "latent"), _numpy(modes.locations), {}),
+        "effective_size": (("unit",), _numpy(result.effective_sizes), {}),
+    }
+    labels = np.array(result.labels, dtype=f"U{max(map(len, result.labels))}")
+    coords = {"unit": np.arange(len(modes.counts)), "latent": labels}
+    draws = (("chain", "draw", "unit", "latent"), _numpy(result.draws)[None])
+    index = {"chain": [0], "draw": np.arange(len(result.draws))}
+    groups = {
+        "shape": xr.Dataset(variables, coords=coords),
+        "posterior": xr.Dataset({"latents": draws}, coords={**coords, **index}),
+    }
+    return _tree(groups, {"method": result.method})
+
+
+def _lines(found: Diagnosis) -> dict[str, UnitEstimates]:
+    gap, shape = found.gap, found.shape
     lines = {
         "log_evidence": gap.evidence.per_unit,
         "elbo": gap.elbo,
         "inference_gap": gap.gap,
         "approximation_gap": gap.approximation,
         "amortization_gap": gap.amortization,
+        **({} if shape is None else {name: getattr(shape, name) for name in IN_NATS}),
     }
     return {name: line for name, line in lines.items() if line is not None}
 
