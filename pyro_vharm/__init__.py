@@ -11,7 +11,12 @@ All numbers are in nats.
 from pyro_vharm.auditing import audit
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
 from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm, learning_harm
+from pyro_vharm.diagnostics.modes import Modes
+from pyro_vharm.diagnostics.shape import PosteriorShape
+from pyro_vharm.diagnostics.shape_measurement import posterior_shape
+from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis, diagnose
 from pyro_vharm.diagnostics.verdict import Audit, Verdict
+from pyro_vharm.diagnostics.weighted_moments import Measured
 from pyro_vharm.errors import (
     InputError,
     JointUnitWarning,
@@ -42,6 +47,8 @@ from pyro_vharm.inference.schedules import (
 )
 from pyro_vharm.inference.sequential import SequentialMonteCarlo
 from pyro_vharm.inference.start import MatchedStart, PriorStart
+from pyro_vharm.learning.history import Checkpoint, History
+from pyro_vharm.learning.recorder import Recorder
 from pyro_vharm.learning.reference import (
     Attempt,
     ImportanceWeightedLearner,
@@ -69,8 +76,11 @@ __all__ = [
     "Audit",
     "Bound",
     "BridgeSampling",
+    "Checkpoint",
     "Confirmation",
     "DefensiveMixture",
+    "DiagnosedHistory",
+    "Diagnosis",
     "DoublyReparameterized",
     "Enumeration",
     "Estimate",
@@ -80,6 +90,7 @@ __all__ = [
     "GuideProposal",
     "HamiltonianKernel",
     "HamiltonianMonteCarlo",
+    "History",
     "ImportanceSampling",
     "ImportanceWeightedELBO",
     "ImportanceWeightedLearner",
@@ -93,13 +104,17 @@ __all__ = [
     "MarkovChainEM",
     "MatchedGaussian",
     "MatchedStart",
+    "Measured",
+    "Modes",
     "ObjectiveReport",
     "Parameters",
     "Particles",
     "Pathwise",
     "PersistentChains",
+    "PosteriorShape",
     "PriorStart",
     "Quadrature",
+    "Recorder",
     "Reference",
     "Refit",
     "Sandwich",
@@ -114,12 +129,14 @@ __all__ = [
     "audit",
     "bdmc",
     "capture_parameters",
+    "diagnose",
     "forget_compiled",
     "inference_gap",
     "learn_reference",
     "learning_harm",
     "log_evidence",
     "plot_ledger",
+    "posterior_shape",
     "simulate",
     "to_datatree",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType
@@ -16,7 +16,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-__all__ = ["current_call", "untouched"]
+__all__ = ["current_call", "reachable_modules", "untouched"]
 
 
 _COUNTER = {"calls": 0}
@@ -40,7 +40,9 @@ def untouched(seed: int, *functions: Callable[..., Any] | None) -> Iterator[None
         seed: of the random numbers inside.
         functions: models and guides that are about to be run.
     """
-    modules = [_kept_module(module) for module in _modules(functions)]
+    roots = [root for function in functions for root in reachable_modules(function)]
+    every = {id(module): module for root in roots for module in root.modules()}
+    modules = [_kept_module(module) for module in every.values()]
     _COUNTER["calls"] += 1
     store = pyro.get_param_store()
     state = store.get_state()
@@ -105,14 +107,12 @@ def _kept_module(module: nn.Module) -> _KeptModule:
     )
 
 
-def _modules(functions: Iterable[Any]) -> list[nn.Module]:
-    """Every module that callables are, are bound to, or close over, also inside containers."""
-    found: dict[int, nn.Module] = {}
-    seen: set[int] = set()
-    for function in functions:
-        for root in _reachable(function, 5, seen):
-            found.update({id(module): module for module in root.modules()})
-    return list(found.values())
+def reachable_modules(function: Any) -> list[nn.Module]:
+    """The modules that a callable is, is bound to, or closes over, also inside containers.
+
+    Each once, always in the same order, without the modules inside them.
+    """
+    return list({id(root): root for root in _reachable(function, 5, set())}.values())
 
 
 def _contents(cell: Any) -> list[Any]:
@@ -141,7 +141,7 @@ def _parts(value: Any) -> list[Any]:
         return [value.__self__, *getattr(value.__self__, "__dict__", {}).values(), value.__func__]
     if inspect.isfunction(value):
         known = value.__globals__
-        held = [known[name] for name in _names(value.__code__) if name in known]
+        held = [known[name] for name in sorted(_names(value.__code__)) if name in known]
         return held + [content for cell in value.__closure__ or () for content in _contents(cell)]
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from importlib.metadata import version
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pyro_vharm.diagnostics.gap import InferenceGap
 from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm
+from pyro_vharm.diagnostics.shape import IN_NATS, PosteriorShape
+from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis
 from pyro_vharm.diagnostics.verdict import Audit
 from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.inference.evidence import Evidence
@@ -34,9 +36,15 @@ def to_datatree(result: object) -> xr.DataTree:
       ``reference``): ``log_evidence``, ``elbo``, ``refitted_elbo`` and each one's ``_mc_error``,
       without those that are known in total only.
     * ``bounds``, ``heldout_bounds``: replicates of the stochastic bounds on the totals.
+    * ``trajectory``: of a diagnosed history, totals of the same over the coordinate
+      ``checkpoint``, whose values are steps; its ``units`` have that coordinate in place of
+      ``parameters``, and ``theta`` has the parameters on the user-facing scale.
+    * ``shape`` and ``posterior``: of a posterior shape, its measures per ``unit`` and ``latent``,
+      with each one's ``_mc_error``, and unweighted draws on the unconstrained scale.
 
     Args:
-        result: an `Audit`, `LearningHarm`, `InferenceGap` or `Evidence`.
+        result: an `Audit`, `LearningHarm`, `InferenceGap`, `Evidence`, `DiagnosedHistory` or
+            `PosteriorShape`.
 
     Raises:
         TypeError: for anything else.
@@ -95,6 +103,89 @@ def _(result: Evidence) -> xr.DataTree:
     return _tree(groups, {"method": result.method})
 
 
+@to_datatree.register
+def _(result: DiagnosedHistory) -> xr.DataTree:
+    if not result.diagnoses:
+        raise ValueError("no checkpoint is diagnosed yet; call diagnose(history, data) first")
+    found = list(result.diagnoses.values())
+    steps = np.array(result.steps)
+    theta = {
+        name: (("checkpoint", *(f"{name}_dim_{i}" for i in range(value.dim()))), stacked)
+        for name, value in found[0].parameters.items()
+        for stacked in [np.stack([_numpy(each.parameters[name]) for each in found])]
+    }
+    per_unit = [_gap_units(each.gap) for each in found]
+    common = set.intersection(*map(set, per_unit))
+    units = {
+        step: {name: part for name, part in each.items() if name in common}
+        for step, each in zip(result.steps, per_unit, strict=True)
+    }
+    groups = {
+        "trajectory": _totals([_lines(each) for each in found], steps),
+        "units": _units(units, "checkpoint"),
+        "theta": xr.Dataset(theta, coords={"checkpoint": steps}),
+    }
+    return _tree(groups, {f"setting_{name}": value for name, value in result.settings.items()})
+
+
+@to_datatree.register
+def _(result: PosteriorShape) -> xr.DataTree:
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray, Mapping[str, str]]] = {}
+    for name in IN_NATS:
+        units: UnitEstimates = getattr(result, name)
+        variables[name] = (("unit",), _numpy(units.values), _UNITS)
+        variables[f"{name}_mc_error"] = (("unit",), _numpy(units.errors), _UNITS)
+    measured = {"effective_rank": result.effective_rank, **result.coordinates}
+    for name, (values, errors) in measured.items():
+        dims = ("unit", "latent")[: values.dim()]
+        variables[name] = (dims, _numpy(values), {})
+        variables[f"{name}_mc_error"] = (dims, _numpy(errors), {})
+    modes = result.modes
+    variables |= {
+        "dip": (("unit", "axis"), _numpy(result.dips), {}),
+        "dip_p_value": (("unit", "axis"), _numpy(result.dip_p_values), {}),
+        "num_modes": (("unit",), modes.counts.cpu().numpy(), {}),
+        "mode_mass": (("unit", "mode"), _numpy(modes.masses), {}),
+        "mode_location": (("mode", "unit", "latent"), _numpy(modes.locations), {}),
+        "effective_size": (("unit",), _numpy(result.effective_sizes), {}),
+    }
+    labels = np.array(result.labels, dtype=f"U{max(map(len, result.labels))}")
+    coords = {"unit": np.arange(len(modes.counts)), "latent": labels}
+    draws = (("chain", "draw", "unit", "latent"), _numpy(result.draws)[None])
+    index = {"chain": [0], "draw": np.arange(len(result.draws))}
+    groups = {
+        "shape": xr.Dataset(variables, coords=coords),
+        "posterior": xr.Dataset({"latents": draws}, coords={**coords, **index}),
+    }
+    return _tree(groups, {"method": result.method})
+
+
+def _lines(found: Diagnosis) -> dict[str, UnitEstimates]:
+    gap, shape = found.gap, found.shape
+    lines = {
+        "log_evidence": gap.evidence.per_unit,
+        "elbo": gap.elbo,
+        "inference_gap": gap.gap,
+        "approximation_gap": gap.approximation,
+        "amortization_gap": gap.amortization,
+        **({} if shape is None else {name: getattr(shape, name) for name in IN_NATS}),
+    }
+    return {name: line for name, line in lines.items() if line is not None}
+
+
+def _totals(lines: Sequence[Mapping[str, UnitEstimates]], steps: np.ndarray) -> xr.Dataset:
+    """Totals along checkpoints; NaN where a checkpoint has no such number."""
+    names = dict.fromkeys(name for each in lines for name in each)
+    variables = {}
+    for name in names:
+        totals = [each[name].total() if name in each else None for each in lines]
+        for suffix, field in (("", "value"), ("_mc_error", "mc_error")):
+            column = [np.nan if t is None else getattr(t, field) for t in totals]
+            variables[f"{name}{suffix}"] = ("checkpoint", np.array(column), _UNITS)
+    num_units = next(iter(lines[0].values())).num_units
+    return xr.Dataset(variables, coords={"checkpoint": steps}, attrs={"num_units": num_units})
+
+
 def _tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str]) -> xr.DataTree:
     tree = xr.DataTree.from_dict(dict(groups))
     versions = {
@@ -140,7 +231,9 @@ def _gap_units(gap: InferenceGap) -> dict[str, UnitEstimates]:
     }
 
 
-def _units(by_parameters: Mapping[str, Mapping[str, UnitEstimates]]) -> xr.Dataset:
+def _units[Label: (str, int)](
+    by_label: Mapping[Label, Mapping[str, UnitEstimates]], dim: str = "parameters"
+) -> xr.Dataset:
     datasets = [
         xr.Dataset(
             {
@@ -151,9 +244,9 @@ def _units(by_parameters: Mapping[str, Mapping[str, UnitEstimates]]) -> xr.Datas
                 },
             }
         )
-        for units in by_parameters.values()
+        for units in by_label.values()
     ]
-    index = xr.DataArray(list(by_parameters), dims="parameters", name="parameters")
+    index = xr.DataArray(list(by_label), dims=dim, name=dim)
     joined = xr.concat(datasets, dim=index, data_vars="all", join="exact")
     return joined.assign_coords(unit=np.arange(joined.sizes["unit"]))
 
