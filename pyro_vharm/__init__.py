@@ -22,6 +22,7 @@ from pyro_vharm.errors import (
     JointUnitWarning,
     LoopedRunsWarning,
     UncompiledWarning,
+    UnresolvedIntegralError,
 )
 from pyro_vharm.estimates import Bound, Estimate, Kind, UnitEstimates
 from pyro_vharm.inference.agreement import Agreement, Confirmation
@@ -60,6 +61,7 @@ from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
 from pyro_vharm.objectives.chain_starts import GuideChains, PersistentChains
+from pyro_vharm.objectives.exact import ExactEvidence
 from pyro_vharm.objectives.gradients import DoublyReparameterized, Pathwise, StickingTheLanding
 from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
 from pyro_vharm.objectives.markov_chain_em import MarkovChainEM
@@ -86,6 +88,7 @@ __all__ = [
     "Estimate",
     "Evidence",
     "EvidencePair",
+    "ExactEvidence",
     "GuideChains",
     "GuideProposal",
     "HamiltonianKernel",
@@ -125,6 +128,7 @@ __all__ = [
     "ThermodynamicLength",
     "UncompiledWarning",
     "UnitEstimates",
+    "UnresolvedIntegralError",
     "Verdict",
     "audit",
     "bdmc",
