@@ -95,11 +95,11 @@ def main() -> None:
         (train_images,),
         heldout=(heldout_images,),
         fresh=make_vae,
-        learner=vh.ImportanceWeightedLearner(
-            num_particles=50,
+        learner=vh.GradientLearner(
+            vh.ImportanceWeightedELBO(50),
             num_steps=options.reference_steps,
-            learning_rate=0.003,
             batch_size=BATCH_SIZE,
+            max_rounds=1,
         ),
         seed=options.seed,
     )

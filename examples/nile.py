@@ -76,7 +76,7 @@ def main() -> None:
         guide,
         (flow,),
         reference=dict(zip(names, reference, strict=True)),
-        learner=vh.ImportanceWeightedLearner(guide_steps=1500, learning_rate=0.02),
+        learner=vh.ExactLearner(guide_training=vh.GuideTraining(1500, learning_rate=0.02)),
         method=vh.AnnealedImportanceSampling(
             num_particles=64,
             num_steps=options.temperatures,

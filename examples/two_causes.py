@@ -123,8 +123,8 @@ def main() -> None:
 
     pyro.set_rng_seed(1)
     effects = torch.randn(NUM_UNITS, dtype=torch.float64) * math.sqrt(1 + 2 * TRUE_A**2)
-    learner = vh.ImportanceWeightedLearner(
-        num_particles=64, num_steps=options.steps, learning_rate=0.01
+    learner = vh.GradientLearner(
+        vh.ImportanceWeightedELBO(64), num_steps=options.steps, learning_rate=0.01
     )
 
     print("BOTH WEIGHTS FREE: exact harm 0, exact gap 0 after the rotation\n")

@@ -10,7 +10,7 @@ All numbers are in nats.
 
 from pyro_vharm.auditing import audit
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
-from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm, learning_harm
+from pyro_vharm.diagnostics.harm import LearningHarm, learning_harm
 from pyro_vharm.diagnostics.modes import Modes
 from pyro_vharm.diagnostics.shape import PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import posterior_shape
@@ -48,14 +48,15 @@ from pyro_vharm.inference.schedules import (
 )
 from pyro_vharm.inference.sequential import SequentialMonteCarlo
 from pyro_vharm.inference.start import MatchedStart, PriorStart
+from pyro_vharm.learning.evidence_pair import EvidencePair
+from pyro_vharm.learning.exact_learner import ExactLearner
+from pyro_vharm.learning.expectation_maximization import ExpectationMaximization
+from pyro_vharm.learning.gradient_learner import GradientLearner
+from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.history import Checkpoint, History
+from pyro_vharm.learning.learners import ClimbingLearner
 from pyro_vharm.learning.recorder import Recorder
-from pyro_vharm.learning.reference import (
-    Attempt,
-    ImportanceWeightedLearner,
-    Reference,
-    learn_reference,
-)
+from pyro_vharm.learning.reference import Attempt, Reference, learn_reference
 from pyro_vharm.learning.refit import Refit
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
@@ -79,6 +80,7 @@ __all__ = [
     "Bound",
     "BridgeSampling",
     "Checkpoint",
+    "ClimbingLearner",
     "Confirmation",
     "DefensiveMixture",
     "DiagnosedHistory",
@@ -89,14 +91,17 @@ __all__ = [
     "Evidence",
     "EvidencePair",
     "ExactEvidence",
+    "ExactLearner",
+    "ExpectationMaximization",
+    "GradientLearner",
     "GuideChains",
     "GuideProposal",
+    "GuideTraining",
     "HamiltonianKernel",
     "HamiltonianMonteCarlo",
     "History",
     "ImportanceSampling",
     "ImportanceWeightedELBO",
-    "ImportanceWeightedLearner",
     "InferenceGap",
     "InputError",
     "JointUnitWarning",

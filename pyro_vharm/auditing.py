@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
-from pyro_vharm.diagnostics.harm import measure_harm, prepare_heldout, resolve_reference
+from pyro_vharm.diagnostics.harm import measure_harm, resolve_reference
 from pyro_vharm.diagnostics.verdict import Audit, Verdict, judge, material_harm
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import UnitEstimates
 from pyro_vharm.inference.choice import InferenceMethod, choose_method
-from pyro_vharm.learning.reference import (
-    Fresh,
-    ImportanceWeightedLearner,
-    Reference,
-    train_reference,
-)
+from pyro_vharm.learning.guide_training import GuideTraining
+from pyro_vharm.learning.journal import Journal
+from pyro_vharm.learning.learners import Learner, choose_learner
+from pyro_vharm.learning.reference import Reference, train_reference
 from pyro_vharm.learning.refit import Refit
+from pyro_vharm.learning.starts import Fresh, Starting
 from pyro_vharm.model.data import Data
+from pyro_vharm.model.heldout import prepare_heldout
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
@@ -34,7 +34,8 @@ def audit(
     *,
     heldout: Data | None = None,
     reference: Reference | Mapping[str, Any] | None = None,
-    learner: ImportanceWeightedLearner | None = None,
+    learner: Learner | Literal["auto"] = "auto",
+    start: Starting = "both",
     fresh: Fresh | None = None,
     method: InferenceMethod | None = None,
     refit: Refit | None = None,
@@ -59,7 +60,9 @@ def audit(
             or an iterable of batches (each a tuple, list, Mapping or Tensor).
         heldout: data that training did not see, in the same forms.
         reference: θ_ref by name on the user-facing scale, or a `Reference`; learned if left out.
-        learner: how to look for θ_ref.
+        learner: how to look for θ_ref; see `learn_reference`. For a reference that is handed in,
+            only how it trains the guide there.
+        start: where the learner starts: ``"current"``, ``"fresh"`` or ``"both"``.
         fresh: returns a new, untrained (model, guide), for a start from elsewhere than θ̂. Not
             needed where all parameters of the model are ``pyro.param`` statements.
         method: the inference method for log evidence; see `log_evidence`.
@@ -83,20 +86,24 @@ def audit(
         raise InputError(f"material must not be negative, got {material}")
     if guide is None:
         raise InputError("audit needs the guide that the model was trained with")
-    learner = ImportanceWeightedLearner() if learner is None else learner
     refit = Refit() if refit is None else refit
     with untouched(seed, model, guide):
         problem = prepare(model, guide, data, unit_plate=unit_plate, parameters=parameters)
         held, notes = prepare_heldout(problem, heldout)
         chosen = choose_method(problem.densities, method)
-        settings = {"seed": str(seed), "method": str(chosen), "learner": str(learner)}
+        settings = {"seed": str(seed), "method": str(chosen)}
         if not problem.model_parameters.leaves:
             gap = measure_gap(problem, chosen, refit, progress=progress)
             return Audit(gap, None, _without_parameters(gap), settings)
         if reference is None:
-            found = train_reference(problem, learner, fresh, progress=progress)
+            learns = choose_learner(problem, learner)
+            settings["learner"] = str(learns)
+            found = train_reference(
+                problem, learns, start, fresh, journal=Journal(), progress=progress
+            )
         else:
-            found = resolve_reference(problem, reference, learner, progress=progress)
+            training = GuideTraining() if learner == "auto" else learner.guide_training
+            found = resolve_reference(problem, reference, training, progress=progress)
         gap = measure_gap(problem, chosen, refit, progress=progress)
         harm = measure_harm(problem, gap, found, held, notes, chosen, refit, progress=progress)
         if material is None:

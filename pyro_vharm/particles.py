@@ -23,6 +23,7 @@ __all__ = [
     "choose_num_replicates",
     "drop_nonfinite",
     "effective_sample_size",
+    "heaviest",
     "join_units",
     "log_mean_exp",
     "log_mean_exp_error",
@@ -36,6 +37,7 @@ __all__ = [
 
 
 LEAST_DRAWS_FOR_SHAPE = 100
+_NEGLIGIBLE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,24 @@ def join_units(parts: Sequence[tuple[Tensor, Particles]]) -> Particles:
     evidence = concatenate(known).take(order) if known else None
     dropped = sum(run.num_nonfinite for run in runs)
     return replace(runs[0], **fields, log_evidence=evidence, num_nonfinite=dropped)  # type: ignore[arg-type]
+
+
+def heaviest(run: Particles) -> tuple[Tensor, Tensor]:
+    """The particles that carry each unit's posterior, and their shares of it, heaviest first.
+
+    Units that need fewer than others repeat their heaviest one with a share of 0, since log p may
+    be −∞ at a particle that weighs nothing, and 0 · ∞ would spoil a gradient.
+
+    Returns:
+        latents ``(particle, unit, dim)``, and shares ``(particle, unit)`` that sum to 1.
+    """
+    shares = torch.softmax(run.log_weights, 0)
+    count = int((shares > _NEGLIGIBLE).sum(0).max())
+    shares, index = shares.topk(count, 0)
+    light = shares <= _NEGLIGIBLE
+    index = torch.where(light, index[:1], index)[..., None]
+    latents = run.unconstrained.gather(0, index.expand(-1, -1, run.unconstrained.shape[-1]))
+    return latents, shares.masked_fill(light, 0.0)
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:

@@ -16,6 +16,7 @@ from pyro_vharm.model.data import Batch
 from pyro_vharm.model.families import free_arguments
 from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import prepare
+from tests.learners import importance_weighted
 from tests.statistics import Z
 from tests.zoo import (
     LOADINGS,
@@ -26,9 +27,7 @@ from tests.zoo import (
     normal_model,
 )
 
-LEARNER = vh.ImportanceWeightedLearner(
-    num_particles=32, num_steps=400, learning_rate=0.02, guide_steps=400
-)
+LEARNER = importance_weighted(num_particles=32, num_steps=400, learning_rate=0.02, guide_steps=400)
 REFIT = vh.Refit(num_steps=300, num_particles=2000)
 
 
@@ -311,7 +310,7 @@ def test_heldout_data_where_the_guide_has_parameters_per_datum(effects):
         (effects,),
         heldout=(effects[:11],),
         reference={"a": 1.5},
-        learner=vh.ImportanceWeightedLearner(guide_steps=5),
+        learner=importance_weighted(guide_steps=5),
         refit=vh.Refit(5),
         progress=False,
     )
@@ -347,7 +346,7 @@ def test_a_model_without_parameters_has_a_gap_and_no_harm():
 
 def test_learning_starts_where_told(effects):
     set_tied(1.2)
-    learner = vh.ImportanceWeightedLearner(num_particles=4, num_steps=3, guide_steps=1)
+    learner = importance_weighted(num_particles=4, num_steps=3, guide_steps=1)
     reference = vh.learn_reference(
         tied_model, (effects,), guide=tied_guide, learner=learner, progress=False
     )
@@ -383,7 +382,7 @@ def test_learning_starts_where_told(effects):
 
 def test_minibatches_learn_the_same_parameters(effects):
     set_tied(1.2)
-    learner = vh.ImportanceWeightedLearner(
+    learner = importance_weighted(
         num_particles=16, num_steps=600, learning_rate=0.02, batch_size=20, guide_steps=5
     )
     reference = vh.learn_reference(
@@ -412,7 +411,7 @@ def normal_mean(start, center):
 
 def test_a_learner_with_small_steps_goes_on_until_it_arrives():
     model, guide, v = normal_mean(900.0, 950.0)
-    learner = vh.ImportanceWeightedLearner(
+    learner = importance_weighted(
         num_particles=8, num_steps=100, learning_rate=0.003, guide_steps=5
     )
     audit = vh.audit(model, guide, (v,), learner=learner, refit=vh.Refit(20), progress=False)
@@ -515,7 +514,7 @@ def test_batches_give_the_same_audit_as_the_whole(effects):
 
 def test_a_learner_takes_batches(effects):
     set_tied(1.2)
-    learner = vh.ImportanceWeightedLearner(
+    learner = importance_weighted(
         num_particles=16, num_steps=600, learning_rate=0.02, guide_steps=5
     )
     reference = vh.learn_reference(
@@ -542,7 +541,7 @@ def test_units_weigh_the_same_in_batches_of_any_size():
             pyro.sample("h", dist.Normal(slope * v + shift, 0.75))
 
     v = torch.cat([torch.linspace(-1, 1, 100), torch.tensor([9.0])])
-    learner = vh.ImportanceWeightedLearner(num_particles=8, num_steps=400, batch_size=100)
+    learner = importance_weighted(num_particles=8, num_steps=400, batch_size=100)
     for data in ((v,), [(v[:100],), (v[100:],)]):
         reference = vh.learn_reference(model, data, guide=guide, learner=learner, progress=False)
         assert float(reference.parameters["mu"]) == pytest.approx(float(v.mean()), abs=0.05)

@@ -27,6 +27,7 @@ from pyro_vharm.model.problem import prepare
 from pyro_vharm.model.sites import is_discrete, latent_sites
 from pyro_vharm.model.structure import GuideDensity
 from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
+from tests.learners import importance_weighted
 from tests.statistics import Z
 from tests.zoo import ZOO, linear_gaussian
 
@@ -176,7 +177,7 @@ def test_point_masses_have_harm_and_no_gap(make_guide):
         vh.learn_reference(model, (v,), guide=guide, progress=False)
     density = AutoNormal(model)
     density(v)
-    learner = vh.ImportanceWeightedLearner(num_steps=20)
+    learner = importance_weighted(num_steps=20)
     reference = vh.learn_reference(model, (v,), guide=density, learner=learner, progress=False)
     again = vh.learning_harm(model, guide, (v,), reference=reference, refit=QUICK, progress=False)
     assert again.harm.value >= -1e-6

@@ -10,6 +10,7 @@ import xarray as xr
 from matplotlib import pyplot as plt
 
 import pyro_vharm as vh
+from tests.learners import importance_weighted
 from tests.test_diagnostics import set_tied, tied_guide, tied_model
 
 METHOD = vh.AnnealedImportanceSampling(num_particles=4, num_steps=2, kernel=vh.HamiltonianKernel(2))
@@ -26,7 +27,7 @@ def audit():
         heldout=(v[:7],),
         reference={"a": 1.4},
         method=METHOD,
-        learner=vh.ImportanceWeightedLearner(guide_steps=2),
+        learner=importance_weighted(guide_steps=2),
         refit=vh.Refit(2, num_particles=20),
         progress=False,
     )

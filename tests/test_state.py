@@ -15,8 +15,9 @@ from torch.distributions import constraints
 
 import pyro_vharm as vh
 from pyro_vharm.model.state import untouched
+from tests.learners import importance_weighted
 
-QUICK = vh.ImportanceWeightedLearner(num_particles=2, num_steps=3, guide_steps=2)
+QUICK = importance_weighted(num_particles=2, num_steps=3, guide_steps=2)
 SHORT = vh.Refit(num_steps=2, num_particles=4)
 
 

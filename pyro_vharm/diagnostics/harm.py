@@ -4,74 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
 from pyro_vharm.errors import InputError
-from pyro_vharm.estimates import Bound, Estimate, UnitEstimates
+from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
 from pyro_vharm.inference.evidence import Evidence, estimate_evidence
-from pyro_vharm.learning.reference import (
-    ImportanceWeightedLearner,
-    Reference,
-    given_reference,
-)
+from pyro_vharm.learning.evidence_pair import EvidencePair, bounds_table
+from pyro_vharm.learning.guide_training import GuideTraining
+from pyro_vharm.learning.reference import Reference, given_reference
 from pyro_vharm.learning.refit import Refit, elbo_over_batches
 from pyro_vharm.model.data import Data
-from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.guide_runs import run_guide
+from pyro_vharm.model.heldout import prepare_heldout
 from pyro_vharm.model.problem import Problem, prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.tables import html_table, nats, text_table
 
 __all__ = [
-    "EvidencePair",
     "LearningHarm",
     "learning_harm",
     "measure_harm",
-    "prepare_heldout",
     "resolve_reference",
 ]
-
-
-@dataclass(frozen=True)
-class EvidencePair:
-    """Log evidence of the same units at θ̂ and at θ_ref, in nats.
-
-    Attributes:
-        learned: ℓ(θ̂).
-        reference: ℓ(θ_ref).
-    """
-
-    learned: Evidence
-    reference: Evidence
-
-    @property
-    def harm(self) -> UnitEstimates:
-        """ℓ(θ_ref) − ℓ(θ̂) per unit: a lower bound on ℓ(θ*) − ℓ(θ̂), up to the errors."""
-        return self.reference.per_unit - self.learned.per_unit
-
-    def lower(self, delta: float = 0.05) -> Bound | None:
-        """A lower bound on the total harm that fails with probability at most delta.
-
-        ℓ(θ_ref) from below minus ℓ(θ̂) from above, each at δ/2. As strong as the weaker of the
-        two: certified only where ℓ(θ̂) is numerical. ``None`` where ℓ(θ̂) has no upper bound.
-        """
-        below, above = self.reference.lower(delta / 2), self.learned.upper(delta / 2)
-        return None if above is None else _difference(below, above, "lower")
-
-    def upper(self, delta: float = 0.05) -> Bound | None:
-        """An upper bound on ℓ(θ_ref) − ℓ(θ̂): harm above it would have been seen."""
-        above, below = self.reference.upper(delta / 2), self.learned.lower(delta / 2)
-        return None if above is None else _difference(above, below, "upper")
-
-
-def _difference(first: Bound, second: Bound, side: Literal["lower", "upper"]) -> Bound:
-    confidence = first.confidence + second.confidence - 1
-    return Bound(first.value - second.value, side, max(first.kind, second.kind), confidence)
 
 
 @dataclass(frozen=True)
@@ -174,7 +130,7 @@ class LearningHarm:
 
     def __str__(self) -> str:
         parts = [_ledger_table("training data", self.harm.num_units, self.ledger())]
-        parts += ["", _bounds_table(self.train)]
+        parts += ["", bounds_table(self.train)]
         if self.heldout_harm is not None:
             held = _ledger_table(
                 "held-out data", self.heldout_harm.num_units, self.heldout_ledger()
@@ -215,23 +171,6 @@ def _row(name: str, total: Estimate | None, per_unit: bool, sampled: bool) -> li
     return [*row, str(total.kind)]
 
 
-def _bounds_table(pair: EvidencePair) -> str:
-    bounds = {
-        "log evidence at reference": (pair.reference.lower(), pair.reference.upper()),
-        "log evidence as learned": (pair.learned.lower(), pair.learned.upper()),
-        "learning harm": (pair.lower(), pair.upper()),
-    }
-    rows = [
-        [name, *(cell for bound in pair for cell in _bound_cells(bound))]
-        for name, pair in bounds.items()
-    ]
-    return text_table(["bounds on totals, 95 %", "lower", "kind", "upper", "kind"], rows)
-
-
-def _bound_cells(bound: Bound | None) -> tuple[str, str]:
-    return ("none", "") if bound is None else (nats(bound.value), str(bound.kind))
-
-
 def learning_harm(
     model: PyroFunction,
     guide: PyroFunction,
@@ -270,9 +209,7 @@ def learning_harm(
         held, notes = prepare_heldout(problem, heldout)
         chosen = choose_method(problem.densities, method)
         refit = Refit() if refit is None else refit
-        found = resolve_reference(
-            problem, reference, ImportanceWeightedLearner(), progress=progress
-        )
+        found = resolve_reference(problem, reference, GuideTraining(), progress=progress)
         learned = measure_gap(problem, chosen, refit, progress=progress)
         return measure_harm(problem, learned, found, held, notes, chosen, refit, progress=progress)
 
@@ -280,7 +217,7 @@ def learning_harm(
 def resolve_reference(
     problem: Problem,
     reference: Reference | Mapping[str, Any],
-    learner: ImportanceWeightedLearner,
+    guide_training: GuideTraining,
     *,
     progress: bool,
 ) -> Reference:
@@ -293,62 +230,14 @@ def resolve_reference(
                 f"{sorted(problem.model_parameters.leaves)}"
             )
         if reference.guide_values.keys() != problem.guide_parameters.leaves.keys():
-            return given_reference(problem, reference.parameters, learner, progress=progress)
+            return given_reference(problem, reference.parameters, guide_training, progress=progress)
         return reference
     if not isinstance(reference, Mapping):
         raise InputError(
             "reference must be a Reference or a mapping from parameter names to values, not "
             f"{reference!r}"
         )
-    return given_reference(problem, reference, learner, progress=progress)
-
-
-def prepare_heldout(
-    problem: Problem, heldout: Data | None
-) -> tuple[Problem | None, tuple[str, ...]]:
-    """Held-out data with the guide, or without it where the guide cannot be evaluated there."""
-    if heldout is None:
-        return None, ()
-    try:
-        held = _prepare_heldout(problem, problem.guide, heldout)
-        if not _same_guide_density(problem, held):
-            return held, ()
-        reason = "it gives held-out units the densities of training units, whatever the data"
-    except InputError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-    held = _prepare_heldout(problem, None, heldout)
-    return held, (f"the guide was left out on held-out data: {reason}",)
-
-
-def _prepare_heldout(problem: Problem, guide: PyroFunction | None, heldout: Data) -> Problem:
-    return prepare(
-        problem.model,
-        guide,
-        heldout,
-        unit_plate=problem.layout.plate,
-        parameters=problem.declared,
-        name="heldout",
-        heldout=True,
-    )
-
-
-def _same_guide_density(train: Problem, heldout: Problem) -> bool:
-    """Whether the guide does not look at the data: its parameters belong to the training units."""
-    first, second = train.densities[0], heldout.densities[0]
-    if train.guide is None or first.num_units != second.num_units or first.layout.plate is None:
-        return False
-    with torch.no_grad():
-        drawn = run_guide(train.guide, first.batch, first.structure, 2)
-        values = {name: drawn.values[name] for name in drawn.random}
-        again = run_guide(train.guide, second.batch, second.structure, 2, values)
-    return torch.equal(drawn.log_guide, again.log_guide) and not _same_data(first, second)
-
-
-def _same_data(first: UnitDensities, second: UnitDensities) -> bool:
-    """Whether the model gives both the same densities at the same latents."""
-    latents = torch.zeros(1, first.num_units, first.dim, dtype=first.dtype, device=first.device)
-    with torch.no_grad():
-        return torch.equal(first.log_joint(latents), second.log_joint(latents))
+    return given_reference(problem, reference, guide_training, progress=progress)
 
 
 def measure_harm(

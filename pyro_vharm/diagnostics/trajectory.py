@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pyro
-import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
@@ -20,7 +17,7 @@ from pyro_vharm.estimates import UnitEstimates
 from pyro_vharm.inference.choice import InferenceMethod, choose_method
 from pyro_vharm.learning.history import Checkpoint, History
 from pyro_vharm.learning.refit import Refit
-from pyro_vharm.model.data import Batch, Data
+from pyro_vharm.model.data import Data, fingerprint
 from pyro_vharm.model.problem import Problem, prepare
 from pyro_vharm.model.snapshots import assign_tensors, live_tensors
 from pyro_vharm.model.state import untouched
@@ -68,7 +65,8 @@ class DiagnosedHistory:
         names = ["log evidence", "ELBO", "gap", "± mc", "approx.", "amort.", "non-Gauss.", "dep."]
         line = (
             f"{len(self.diagnoses)} of {len(self.history)} checkpoints, nats per unit: "
-            "approximation and amortization\ngap; of the true posteriors, non-Gaussianity and total correlation"
+            "approximation and amortization\n"
+            "gap; of the true posteriors, non-Gaussianity and total correlation"
         )
         return "\n".join([text_table(["step", *names], rows), line])
 
@@ -163,7 +161,7 @@ def diagnose(
         choice = choose_method(problem.densities, method)
         shape = choose_for_shape(problem, shape_method) if problem.densities[0].dim else None
         settings = {
-            "data": _fingerprint(problem.batches),
+            "data": fingerprint(list(problem.batches)),
             "method": str(choice),
             "refit": str(refit),
             "shape_method": str(shape),
@@ -228,16 +226,3 @@ def _hold(problem: Problem, checkpoint: Checkpoint) -> None:
     live = live_tensors(problem.model, problem.guide)
     values = {name: value for name, value in checkpoint.values.items() if name in live}
     assign_tensors(live, values, f"the checkpoint of step {checkpoint.step}")
-
-
-def _fingerprint(batches: Sequence[Batch]) -> str:
-    """A digest of all tensors of the data."""
-    digest = hashlib.sha256()
-    for leaf in pytree.tree_leaves([(batch.args, dict(batch.kwargs)) for batch in batches]):
-        if isinstance(leaf, Tensor):
-            plain = leaf.detach().cpu().contiguous()
-            digest.update(str((plain.dtype, tuple(plain.shape))).encode())
-            digest.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(leaf).encode())
-    return digest.hexdigest()[:16]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from os import PathLike
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -13,105 +14,31 @@ from torch import Tensor
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Estimate
-from pyro_vharm.inference.annealing import AnnealedImportanceSampling
-from pyro_vharm.inference.choice import Choice, choose_method
+from pyro_vharm.inference.agreement import Confirmation
+from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
 from pyro_vharm.inference.evidence import estimate_evidence
-from pyro_vharm.inference.start import MatchedStart
-from pyro_vharm.learning.training import Schedule, minimise, shuffled_passes
-from pyro_vharm.model.data import Data
-from pyro_vharm.model.minibatches import cut_units
+from pyro_vharm.learning.evidence_pair import EvidencePair, bounds_table
+from pyro_vharm.learning.guide_training import GuideTraining
+from pyro_vharm.learning.history import Checkpoint, History
+from pyro_vharm.learning.journal import Journal, open_journal
+from pyro_vharm.learning.learners import Effort, Learner, choose_learner
+from pyro_vharm.learning.learning_run import LearningRun, Values, watch
+from pyro_vharm.learning.starts import Fresh, Start, Starting, find_starts
+from pyro_vharm.model.data import Data, fingerprint
+from pyro_vharm.model.heldout import prepare_heldout
 from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import Problem, capture_pair, prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
-from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
-from pyro_vharm.tables import html_table
+from pyro_vharm.tables import html_table, nats
 
 __all__ = [
     "Attempt",
-    "Fresh",
-    "ImportanceWeightedLearner",
     "Reference",
     "given_reference",
     "learn_reference",
     "train_reference",
 ]
-
-type Fresh = Callable[[], tuple[PyroFunction, PyroFunction]]
-
-_MOST_ROUNDS, _MOST_DOUBLINGS, _LEAST_GAIN = 5, 20, 0.05
-_PROBED_UNITS, _MANY_DIMS = 200, 10
-
-
-@dataclass(frozen=True)
-class ImportanceWeightedLearner:
-    """Trains θ and φ on the importance-weighted bound, then φ alone on the ELBO at θ_ref.
-
-    Args:
-        num_particles: K of the bound.
-        num_steps: gradient steps on θ and φ from each start.
-        learning_rate: first step size of Adam; it falls along a half cosine to a hundredth.
-        batch_size: units per step where one batch holds more and can be cut; see `cut_units`.
-        guide_steps: gradient steps that retrain φ at θ_ref.
-        guide_replicates: draws per unit in each of these.
-    """
-
-    num_particles: int = 50
-    num_steps: int = 3000
-    learning_rate: float = 0.003
-    batch_size: int = 100
-    guide_steps: int = 1000
-    guide_replicates: int = 8
-
-    def __post_init__(self) -> None:
-        if self.num_particles < 2:
-            raise InputError(
-                f"num_particles must be at least 2, not {self.num_particles}: with one the bound "
-                "is the ELBO, which is no better learner"
-            )
-        if self.batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, not {self.batch_size}")
-        Schedule(self.num_steps, self.learning_rate)
-        Schedule(self.guide_steps, self.learning_rate)
-
-    def learn(self, problem: Problem, progress: bool) -> None:
-        """Train θ and φ, in place."""
-        leaves = problem.model_parameters.trainable() + problem.guide_parameters.trainable()
-        schedule = Schedule(self.num_steps, self.learning_rate)
-        _maximise_bound(
-            problem, self.batch_size, leaves, schedule, self.num_particles, 1, "learning", progress
-        )
-
-    def retrain_guide(self, problem: Problem, progress: bool) -> None:
-        """Train φ on the ELBO at θ as it is, in place."""
-        leaves = problem.guide_parameters.trainable()
-        if not leaves:
-            return
-        schedule = Schedule(self.guide_steps, self.learning_rate)
-        replicates = self.guide_replicates
-        _maximise_bound(
-            problem, self.batch_size, leaves, schedule, 1, replicates, "retraining", progress
-        )
-
-
-def _maximise_bound(
-    problem: Problem,
-    batch_size: int,
-    leaves: Sequence[Tensor],
-    schedule: Schedule,
-    num_particles: int,
-    num_replicates: int,
-    description: str,
-    progress: bool,
-) -> None:
-    batches = [part for d in problem.densities for part in cut_units(d, batch_size)]
-    order = shuffled_passes(len(batches), schedule.num_steps)
-
-    def loss(step: int) -> Tensor:
-        bound = importance_weighted_bound(batches[order[step]], num_particles, num_replicates)
-        return bound.loss * len(batches)  # unbiased whatever the sizes of the batches
-
-    minimise(loss, leaves, schedule, description=description, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -121,15 +48,19 @@ class Attempt:
     Attributes:
         name: learner and start.
         log_evidence: what it reached on the training data, by random numbers of its own; ``None``
-            for parameters handed in, which nothing competes with.
+            for parameters handed in, which nothing competes with, and where learning failed.
+        ending: how it ended, in words.
+        num_steps: gradient steps, iterations or EM steps.
     """
 
     name: str
     log_evidence: Estimate | None
+    ending: str = ""
+    num_steps: int = 0
 
     def __str__(self) -> str:
         if self.log_evidence is None:
-            return self.name
+            return f"{self.name} ({self.ending})" if self.ending else self.name
         return f"{self.name} (log evidence {self.log_evidence})"
 
 
@@ -140,15 +71,23 @@ class Reference:
     Attributes:
         model_values: θ_ref, name → unconstrained value.
         guide_values: φ retrained on the ELBO at θ_ref.
-        attempts: what was tried; the reference is the best of them.
+        attempts: what was tried; the reference is the best of them by log evidence.
         notes: what was not tried, and why.
+        history: θ and φ along the way of the best attempt, with the bound that was trained on and
+            the evidence that steered it, per unit in nats.
+        train: log evidence of the training data at θ̂ and at θ_ref, with bounds, by random numbers
+            that chose nothing; ``None`` where it was left to a diagnostic.
+        heldout: the same of held-out data.
     """
 
     model_values: Mapping[str, Tensor]
     guide_values: Mapping[str, Tensor]
     attempts: tuple[Attempt, ...]
     notes: tuple[str, ...]
-    _problem: Problem = field(repr=False)
+    history: History
+    train: EvidencePair | None = None
+    heldout: EvidencePair | None = None
+    _problem: Problem = field(repr=False, kw_only=True)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -165,9 +104,22 @@ class Reference:
         phi.assign(self.guide_values)
 
     def __str__(self) -> str:
-        return "\n".join(
-            ["reference parameters, the best of:", *map(str, self.attempts), *self.notes]
-        )
+        lines = ["reference parameters, the best of:"]
+        for attempt in self.attempts:
+            lines.append(f"  {attempt}")
+            if attempt.log_evidence is not None and attempt.ending:
+                lines.append(f"    {attempt.ending}; {attempt.num_steps} steps")
+        lines += self.notes
+        if self.train is not None:
+            lines += ["", bounds_table(self.train)]
+        if self.heldout is not None:
+            gain = self.heldout.harm.heldout_total().per_unit
+            error = (gain.mc_error**2 + (gain.sampling_error or 0.0) ** 2) ** 0.5
+            lines.append(
+                f"held-out data: {nats(gain.value)} ± {nats(error)} nats per unit above what was "
+                "learned"
+            )
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return html_table(str(self))
@@ -178,8 +130,13 @@ def learn_reference(
     data: Data,
     *,
     guide: PyroFunction,
-    learner: ImportanceWeightedLearner | None = None,
+    learner: Learner | Literal["auto"] = "auto",
+    effort: Effort = "full",
+    start: Starting = "both",
     fresh: Fresh | None = None,
+    heldout: Data | None = None,
+    method: InferenceMethod | Literal["auto"] | None = None,
+    checkpoint: str | PathLike[str] | None = None,
     unit_plate: str | None = None,
     parameters: Sequence[str] = (),
     seed: int = 0,
@@ -187,18 +144,27 @@ def learn_reference(
 ) -> Reference:
     """Look for better parameters than the model has now, and leave the model as it is.
 
-    The learner starts at the present parameters, and afresh where that is possible: from what
-    `fresh` returns, or, where all of the model's parameters are ``pyro.param`` statements, from
-    their initial values. Where going as far again in the same direction raises log evidence, it
-    goes on from there. The best by log evidence on the training data is the reference, which is
-    the present parameters where nothing better was found.
+    A learner starts at the present parameters θ̂; where a probability lies at its boundary, also
+    with probabilities evened; and afresh where that is possible: from what `fresh` returns, or,
+    where all of the model's parameters are ``pyro.param`` statements, from their initial values.
+    The best by log evidence on the training data is the reference, which is θ̂ itself where nothing
+    better was found. Then its evidence, and that of θ̂, are bounded by random numbers that chose
+    nothing. That θ_ref is better on the training data may be overfitting that VI avoided: held-out
+    data tell.
 
     Args:
         model: a trained Pyro model.
         data: the training data.
-        guide: its trained guide, with reparameterised sites.
-        learner: the better learner.
+        guide: its trained guide.
+        learner: how to look: by default `ExactLearner` where evidence can be summed or integrated
+            at every step, else `ClimbingLearner`, from importance weights to Markov chain EM.
+        effort: ``"quick"`` for `ExpectationMaximization` in place of those.
+        start: where from: ``"current"``, ``"fresh"`` or ``"both"``.
         fresh: returns a new, untrained (model, guide) whose parameters have the same names.
+        heldout: data that training did not see.
+        method: the inference method for the bounds; see `log_evidence`.
+        checkpoint: a directory to keep the work in. When it was cut short, the same call goes on
+            from there, and ends as it would have, up to rounding where work is compiled.
         unit_plate: name of the plate of independent units; found if left out.
         parameters: sites that the guide holds as point masses (as AutoDelta does) and that count
             as θ: log evidence then includes their log prior.
@@ -206,54 +172,121 @@ def learn_reference(
         progress: show bars on long work.
 
     Raises:
-        InputError: where model, guide or data break a constraint, before any long work.
+        InputError: where an argument breaks a constraint, before any long work.
+        ArithmeticError: if learning fails from every start.
+
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> def model(x):
+    ...     scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+    ...     with pyro.plate("data", len(x)):
+    ...         h = pyro.sample("h", dist.Normal(0.0, scale))
+    ...         pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+    >>> def guide(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("h", dist.Normal(0.0 * x, 1.0))
+    >>> x = torch.tensor([3.0, -3.0, 1.0, 2.0], dtype=torch.float64)
+    >>> reference = learn_reference(model, (x,), guide=guide, progress=False)
+    >>> exact = (x.square().mean() - 1).sqrt()
+    >>> abs(float(reference.parameters["scale"] - exact)) < 0.01
+    True
     """
-    learner = ImportanceWeightedLearner() if learner is None else learner
     with untouched(seed, model, guide):
         problem = prepare(model, guide, data, unit_plate=unit_plate, parameters=parameters)
-        return train_reference(problem, learner, fresh, progress=progress)
+        held, notes = prepare_heldout(problem, heldout)
+        choice = choose_method(problem.densities, method)
+        chosen = choose_learner(problem, learner, effort)
+        settings = _settings(problem, chosen, start, fresh, seed)
+        found = train_reference(
+            problem,
+            chosen,
+            start,
+            fresh,
+            journal=open_journal(checkpoint, settings),
+            progress=progress,
+        )
+        found = replace(found, notes=(*found.notes, *notes))
+        return _with_evidence(found, problem, held, choice, progress)
+
+
+def _settings(
+    problem: Problem, learner: Learner, starting: Starting, fresh: Fresh | None, seed: int
+) -> str:
+    """All that the result depends on."""
+    theta, phi = problem.model_parameters.values(), problem.guide_parameters.values()
+    begun = {"model": theta, "guide": phi}
+    return (
+        f"{learner}, start {starting!r}, fresh {fresh is not None}, seed {seed}, data "
+        f"{fingerprint(list(problem.batches))}, parameters {fingerprint(begun)}"
+    )
+
+
+def _with_evidence(
+    found: Reference, problem: Problem, held: Problem | None, choice: Choice, progress: bool
+) -> Reference:
+    """Bounds on both ends, of training and held-out data."""
+
+    def both(of: Problem, confirmation: Confirmation | None) -> EvidencePair:
+        learned = estimate_evidence(
+            of.densities, choice, confirmation=confirmation, progress=progress
+        )
+        theta, phi = problem.model_parameters, problem.guide_parameters
+        with theta.at(found.model_values), phi.at(found.guide_values):
+            reference = estimate_evidence(
+                of.densities, choice, confirmation=confirmation, progress=progress
+            )
+        return EvidencePair(learned, reference)
+
+    train = both(problem, Confirmation())
+    return replace(found, train=train, heldout=None if held is None else both(held, None))
 
 
 def train_reference(
-    problem: Problem, learner: ImportanceWeightedLearner, fresh: Fresh | None, *, progress: bool
+    problem: Problem,
+    learner: Learner,
+    starting: Starting,
+    fresh: Fresh | None,
+    *,
+    journal: Journal,
+    progress: bool,
 ) -> Reference:
-    """`learn_reference` for a problem that is prepared; leaves its parameters as they were."""
-    if not problem.densities[0].has_guide_density:
-        raise InputError(
-            "the guide holds continuous latents as point masses (Delta), so no reference can be "
-            "learned with it: call learn_reference with a guide that has a density, such as "
-            "AutoNormal(model), and pass the result as reference="
-        )
+    """`learn_reference` for a problem that is prepared, without bounds; its θ and φ stay."""
     if not problem.model_parameters.leaves:
         raise InputError(
             "the model has no parameters to learn, so there can be no learning harm; "
             "inference_gap says how far the guide is from the posterior"
         )
-    name = f"importance weights, K = {learner.num_particles}"
-    started = _start_afresh(problem, fresh)
-    candidates = [
-        _as_learned(problem),
-        _attempt(problem, learner, f"{name}, from θ̂", progress),
-    ]
-    if isinstance(started, _FreshStart):
-        with pyro.get_param_store().scope(started.store):
-            candidates.append(_attempt(started.problem, learner, f"{name}, afresh", progress))
-    notes = [started] if isinstance(started, str) else []
+    starts, notes = find_starts(problem, starting, fresh)
     if not problem.densities[0].structure.per_unit:
         notes.append(
             "the guide draws the latents of all units as one, so importance weights are those of "
             "all units together: a looser bound than one per unit"
         )
-    best = max(candidates, key=lambda candidate: candidate.log_evidence.value)
-    attempts = tuple(Attempt(c.name, c.log_evidence) for c in candidates)
-    guide_values = _retrain(problem, learner, best.model_values, best.guide_values, progress)
-    return Reference(best.model_values, guide_values, attempts, tuple(notes), problem)
+    found = [_as_learned(problem, journal)]
+    failures: list[tuple[Attempt, ArithmeticError]] = []
+    for i, begun in enumerate(starts):
+        try:
+            found.append(_attempt(begun, learner, journal.within(f"attempt-{i}"), progress))
+        except ArithmeticError as error:
+            failed = Attempt(f"{learner.name}, {begun.name}", None, f"failed: {error}")
+            failures.append((failed, error))
+    if len(found) == 1:
+        raise failures[0][1]
+    best = max(found, key=lambda candidate: candidate.log_evidence.value)
+    guide_values = _retrain(problem, learner.guide_training, best.values, journal, progress)
+    return Reference(
+        best.values.model,
+        guide_values,
+        (*(candidate.attempt for candidate in found), *(failed for failed, _ in failures)),
+        tuple(notes),
+        History(problem.model, problem.guide, best.checkpoints),
+        _problem=problem,
+    )
 
 
 def given_reference(
     problem: Problem,
     parameters: Mapping[str, Any],
-    learner: ImportanceWeightedLearner,
+    guide_training: GuideTraining,
     *,
     progress: bool,
 ) -> Reference:
@@ -263,128 +296,58 @@ def given_reference(
         InputError: if names, shapes or constraints do not fit the model.
     """
     values = problem.model_parameters.unconstrain(parameters, "reference")
-    if not problem.densities[0].has_guide_density:
-        return Reference(values, {}, (Attempt("handed in", None),), (), problem)
-    before = problem.guide_parameters.values()
-    guide_values = _retrain(problem, learner, values, before, progress)
-    return Reference(values, guide_values, (Attempt("handed in", None),), (), problem)
+    begun = Values(values, problem.guide_parameters.values())
+    guide_values = _retrain(problem, guide_training, begun, Journal(), progress)
+    history = History(problem.model, problem.guide)
+    return Reference(
+        values, guide_values, (Attempt("handed in", None),), (), history, _problem=problem
+    )
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    name: str
+    attempt: Attempt
     log_evidence: Estimate
-    model_values: Mapping[str, Tensor]
-    guide_values: Mapping[str, Tensor]
+    values: Values
+    checkpoints: tuple[Checkpoint, ...] = ()
 
 
-def _attempt(
-    problem: Problem, learner: ImportanceWeightedLearner, name: str, progress: bool
-) -> _Candidate:
+def _as_learned(problem: Problem, journal: Journal) -> _Candidate:
     theta, phi = problem.model_parameters, problem.guide_parameters
-    with theta.at(theta.values()), phi.at(phi.values()):
-        probe = _probe(problem)
-        for _ in range(_MOST_ROUNDS):
-            before = theta.values(), phi.values()
-            learner.learn(problem, progress)
-            if not _go_further(probe, *before):
-                break
-        return _Candidate(name, _monitor(problem), theta.values(), phi.values())
+    evidence = watch(problem, journal, "learned")
+    values = Values(theta.values(), phi.values())
+    return _Candidate(Attempt("θ̂ itself", evidence), evidence, values)
 
 
-def _probe(problem: Problem) -> Problem:
-    """A few hundred of the units, if they can be had apart, with the same live parameters."""
-    part = cut_units(problem.densities[0], _PROBED_UNITS)[0]
-    return replace(problem, batches=[part.batch], densities=[part])
-
-
-def _as_learned(problem: Problem) -> _Candidate:
+def _attempt(begun: Start, learner: Learner, journal: Journal, progress: bool) -> _Candidate:
+    problem = begun.problem
     theta, phi = problem.model_parameters, problem.guide_parameters
-    return _Candidate("θ̂ itself", _monitor(problem), theta.values(), phi.values())
-
-
-def _go_further(
-    problem: Problem,
-    model_before: Mapping[str, Tensor],
-    guide_before: Mapping[str, Tensor],
-) -> bool:
-    """Double the displacement of θ and φ while log evidence rises; whether it ever did.
-
-    A learner whose steps are small beside the distance it has to go ends somewhere on the way;
-    going as far again in the same direction shows it, and mends it.
-    """
-    theta, phi, moved = problem.model_parameters, problem.guide_parameters, False
-    reached = _monitor(problem)
-    for _ in range(_MOST_DOUBLINGS):
-        here, guide_here = theta.values(), phi.values()
-        theta.assign({name: 2 * here[name] - model_before[name] for name in here})
-        phi.assign({name: 2 * guide_here[name] - guide_before[name] for name in guide_here})
-        further = _monitor(problem)
-        error = math.hypot(further.mc_error, reached.mc_error)
-        if not further.value > reached.value + max(2 * error, _LEAST_GAIN):
-            theta.assign(here)
-            phi.assign(guide_here)
-            return moved
-        reached, moved = further, True
-    return moved
-
-
-class _FreshStart(NamedTuple):
-    problem: Problem
-    store: Any
-
-
-def _start_afresh(problem: Problem, fresh: Fresh | None) -> _FreshStart | str:
-    """A problem with untrained parameters in a param store of its own, or why there is none."""
-    with pyro.get_param_store().scope() as store:
-        model, guide = (problem.model, problem.guide) if fresh is None else fresh()
-        again = prepare(
-            model,
-            guide,
-            problem.batches,
-            unit_plate=problem.layout.plate,
-            parameters=problem.declared,
-        )
-    known, found = problem.model_parameters.leaves, again.model_parameters.leaves
-    if any(found.get(name) is leaf for name, leaf in known.items()):
-        if fresh is None:
-            return (
-                "no fresh start was tried, as modules hold the parameters: pass fresh=, a callable "
-                "that returns a new (model, guide)"
-            )
-        raise InputError("fresh() returned a model that holds the trained parameters")
-    for what, old, new in (
-        ("model", known, found),
-        ("guide", problem.guide_parameters.leaves, again.guide_parameters.leaves),
-    ):
-        shapes = [{name: tuple(leaf.shape) for name, leaf in part.items()} for part in (old, new)]
-        if shapes[0] != shapes[1]:
-            raise InputError(
-                f"fresh() returned a {what} with the parameters {shapes[1]}; names and shapes must "
-                f"be those of the trained one: {shapes[0]}"
-            )
-    return _FreshStart(again, store)
+    values = theta.values() if begun.values is None else begun.values
+    store = pyro.get_param_store()
+    scope = nullcontext() if begun.store is None else store.scope(begun.store)
+    with scope, theta.at(values), phi.at(phi.values()):
+        run = LearningRun(problem, journal, progress)
+        ending = learner.learn(run)
+        evidence = watch(problem, journal, "reached")
+        attempt = Attempt(f"{learner.name}, {begun.name}", evidence, str(ending), run.num_steps)
+        return _Candidate(attempt, evidence, run.values(), tuple(run.checkpoints))
 
 
 def _retrain(
     problem: Problem,
-    learner: ImportanceWeightedLearner,
-    model_values: Mapping[str, Tensor],
-    guide_values: Mapping[str, Tensor],
+    guide_training: GuideTraining,
+    values: Values,
+    journal: Journal,
     progress: bool,
 ) -> dict[str, Tensor]:
     """φ retrained at given θ, from given φ."""
-    with problem.model_parameters.at(model_values), problem.guide_parameters.at(guide_values):
-        learner.retrain_guide(problem, progress)
-        return problem.guide_parameters.values()
+    theta, phi = problem.model_parameters, problem.guide_parameters
 
+    def retrain() -> Mapping[str, Any]:
+        guide_training.train(problem, progress)
+        return {"guide": phi.values()}
 
-def _monitor(problem: Problem) -> Estimate:
-    """Log evidence as a learner left it, to choose between attempts and for nothing else."""
-    dim = problem.densities[0].dim
-    choice = choose_method(problem.densities)
-    if dim > 2:
-        start = MatchedStart(refit=dim > _MANY_DIMS)
-        quick = AnnealedImportanceSampling(8, num_steps=5, num_settling=5, start=start)
-        choice = Choice(quick)
-    return estimate_evidence(problem.densities, choice).per_unit.total()
+    with theta.at(values.model), phi.at(values.guide):
+        found = journal.once("guide", retrain)
+    guide_values: dict[str, Tensor] = found["guide"]
+    return guide_values

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pyro_vharm.errors import InputError
 
-__all__ = ["Batch", "Data", "as_batches", "with_subsample"]
+__all__ = ["Batch", "Data", "as_batches", "fingerprint", "with_subsample"]
 
 type Data = tuple[Any, ...] | Mapping[str, Any] | Iterable[Any]
 
@@ -80,3 +83,19 @@ def _as_batch(entry: Any, name: str) -> Batch:
 def with_subsample(batch: Batch, indices: Mapping[str, Tensor]) -> Batch:
     """The batch with plates that subsample held at given indices, where they are not yet."""
     return replace(batch, subsample={**indices, **batch.subsample}) if indices else batch
+
+
+def fingerprint(content: Any) -> str:
+    """A digest of the tensors and other leaves in nested containers and batches."""
+    digest = hashlib.sha256()
+    leaves = pytree.tree_leaves(content, is_leaf=lambda part: isinstance(part, Batch))
+    for leaf in leaves:
+        if isinstance(leaf, Batch):
+            digest.update(fingerprint((leaf.args, dict(leaf.kwargs))).encode())
+        elif isinstance(leaf, Tensor):
+            plain = leaf.detach().cpu().contiguous()
+            digest.update(str((plain.dtype, tuple(plain.shape))).encode())
+            digest.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()[:16]

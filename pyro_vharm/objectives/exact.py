@@ -12,13 +12,12 @@ from pyro_vharm.inference.estimation import estimate_units
 from pyro_vharm.inference.quadrature import Quadrature
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.objectives.objective import UnitObjective, UnitTerms
-from pyro_vharm.particles import Particles
+from pyro_vharm.particles import heaviest
 
 __all__ = ["ExactEvidence"]
 
 _DEFAULT_QUADRATURE = Quadrature()
 _MOST_DIMS = 3
-_NEGLIGIBLE = 1e-12
 _ELEMENTS_PER_PASS = 2**22
 
 
@@ -92,7 +91,7 @@ class ExactEvidence(UnitObjective):
         run = self.quadrature.run(densities)
         per_unit = estimate_units(run)
         _check_resolved(per_unit)
-        expected, scale = _expected_log_joint(densities, *_heavy_nodes(run))
+        expected, scale = _expected_log_joint(densities, *heaviest(run))
         return UnitTerms(per_unit, expected.detach() - expected - per_unit.values.sum(), scale)
 
 
@@ -115,21 +114,6 @@ def _check_resolved(per_unit: UnitEstimates) -> None:
             "nodes, check that the posteriors are proper and no narrower than rounding resolves, "
             "or train on a bound, such as ImportanceWeightedELBO"
         )
-
-
-def _heavy_nodes(run: Particles) -> tuple[Tensor, Tensor]:
-    """The nodes that carry each unit's posterior, and their shares of it, heaviest first.
-
-    Units that need fewer than others repeat their heaviest one with a share of 0, since log p may
-    be −∞ at a node that weighs nothing, and 0 · ∞ would spoil the gradient.
-    """
-    shares = torch.softmax(run.log_weights, 0)
-    count = int((shares > _NEGLIGIBLE).sum(0).max())
-    shares, index = shares.topk(count, 0)
-    light = shares <= _NEGLIGIBLE
-    index = torch.where(light, index[:1], index)[..., None]
-    nodes = run.unconstrained.gather(0, index.expand(-1, -1, run.unconstrained.shape[-1]))
-    return nodes, shares.masked_fill(light, 0.0)
 
 
 def _expected_log_joint(

@@ -103,6 +103,11 @@ class ImportanceWeightedELBO(UnitObjective):
         self.num_replicates = num_replicates
         self.gradient = gradient
 
+    @property
+    def name(self) -> str:
+        """What it is, for tables."""
+        return f"importance weights, K = {self.num_particles}"
+
     def evaluate(self, densities: UnitDensities) -> UnitTerms:
         """The bound of each unit, from fresh draws of the guide."""
         return importance_weighted_bound(

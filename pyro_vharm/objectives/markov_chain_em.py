@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,12 +132,34 @@ class MarkovChainEM(UnitObjective):
         for name, value in (("num_transitions", num_transitions), ("steps_ahead", steps_ahead)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
+        self._carried: dict[Hashable, _Carried]
         super().__init__(num_particles=num_particles, unit_plate=unit_plate)
         self.num_transitions = num_transitions
         self.chains = chains
         self.kernel = kernel
         self.steps_ahead = steps_ahead
-        self._carried: dict[Hashable, _Carried] = {}
+
+    @property
+    def name(self) -> str:
+        """What it is, for tables."""
+        return f"Markov chain EM, {self.num_particles} × {self.num_transitions}"
+
+    def forget(self) -> None:
+        """Drop chains, step sizes and graphs as well."""
+        super().forget()
+        self._carried = {}
+        self._resumed: Mapping[str, Any] = {}
+
+    def carried(self) -> dict[str, Any]:
+        """Step size and chains of the one model and guide that are trained."""
+        if not self._carried:
+            return dict(self._resumed)
+        (only,) = self._carried.values()
+        return {"step_size": only.step_size, "kept": None if only.kept is None else [*only.kept]}
+
+    def carry(self, carried: Mapping[str, Any]) -> None:
+        """Start the next model and guide with that step size, and those chains."""
+        self._resumed = carried
 
     def check(self, densities: UnitDensities) -> None:
         """Refuse a model without continuous latents, as well."""
@@ -152,7 +174,7 @@ class MarkovChainEM(UnitObjective):
         """Move the particles of a batch of units, and weigh model and guide there."""
         key = (densities.model, densities.guide)
         if key not in self._carried:
-            self._carried[key] = _Carried(read_guide(densities))
+            self._carried[key] = self._begin(densities)
         carried = self._carried[key]
         particles = self._move(densities, carried)
         fitted = _fit(densities, particles.latents, carried.reading)
@@ -164,6 +186,15 @@ class MarkovChainEM(UnitObjective):
         carried.kept = self.chains.keep(densities, particles.latents, carried.kept)
         loss = -(fitted.log_joint.mean(0).sum() + fitted.guide_score)
         return UnitTerms(fitted.per_unit, loss, fitted.scale, particles.acceptance, fitted.side)
+
+    def _begin(self, densities: UnitDensities) -> _Carried:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            carried = _Carried(read_guide(densities))
+        if self._resumed:
+            carried.step_size = self._resumed["step_size"]
+            kept = self._resumed["kept"]
+            carried.kept = None if kept is None else KeptChains(*kept)
+        return carried
 
     def _move(self, densities: UnitDensities, carried: _Carried) -> _Particles:
         count = max(_DRAWS + _DRAWS_PER_DIM * densities.dim, self.num_particles)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pyro.infer import ELBO
@@ -92,9 +94,43 @@ class UnitObjective(ELBO, ABC):  # type: ignore[misc]
             raise InputError(f"num_particles must be at least 1, not {num_particles}")
         super().__init__(num_particles=num_particles)
         self.unit_plate = unit_plate
-        self.latest: ObjectiveReport | None = None
-        self._structures: dict[Hashable, Structure] = {}
-        self._shapes: dict[Hashable, UnitDensities] = {}
+        self.latest: ObjectiveReport | None
+        self._structures: dict[Hashable, Structure]
+        self._shapes: dict[Hashable, UnitDensities]
+        self.forget()
+
+    @property
+    def name(self) -> str:
+        """What it is, for tables."""
+        return type(self).__name__
+
+    def __repr__(self) -> str:
+        own = inspect.signature(type(self).__init__).parameters
+        given = ", ".join(f"{n}={getattr(self, n)!r}" for n in own if n != "self")
+        return f"{type(self).__name__}({given})"
+
+    def renewed(self) -> Self:
+        """A copy with the same settings, without what is carried from call to call."""
+        again = copy.copy(self)
+        again.forget()
+        return again
+
+    def forget(self) -> None:
+        """Drop what is carried from call to call."""
+        self.latest = None
+        self._structures = {}
+        self._shapes = {}
+
+    def carried(self) -> dict[str, Any]:
+        """What is carried from call to call, as plain tensors and numbers, to be written down."""
+        return {}
+
+    def carry(self, carried: Mapping[str, Any]) -> None:
+        """Go on with what `carried` gave."""
+
+    def leaves(self, densities: UnitDensities) -> list[Tensor]:
+        """Parameters of the objective itself, unconstrained, to be trained with θ and φ."""
+        return []
 
     @abstractmethod
     def evaluate(self, densities: UnitDensities) -> UnitTerms:

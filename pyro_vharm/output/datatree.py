@@ -12,12 +12,13 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_vharm.diagnostics.gap import InferenceGap
-from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm
+from pyro_vharm.diagnostics.harm import LearningHarm
 from pyro_vharm.diagnostics.shape import IN_NATS, PosteriorShape
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis
 from pyro_vharm.diagnostics.verdict import Audit
 from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.inference.evidence import Evidence
+from pyro_vharm.learning.evidence_pair import EvidencePair
 
 __all__ = ["to_datatree"]
 

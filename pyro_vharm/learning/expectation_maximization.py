@@ -1,0 +1,146 @@
+"""Quick learning by EM on particles that are drawn now and then, and reweighted in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vharm.errors import InputError
+from pyro_vharm.learning.guide_training import GuideTraining
+from pyro_vharm.learning.learning_run import Ending, LearningRun, quick_choice
+from pyro_vharm.learning.quasi_newton import descend
+from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.problem import Problem
+from pyro_vharm.particles import effective_sample_size, heaviest
+
+__all__ = ["ExpectationMaximization"]
+
+_PARTICLES = 16
+_LEAST_SHARE = 0.5  # of the effective size, which reweighting may leave
+_LEAST_GAIN = 1e-3
+
+
+class _Posterior(NamedTuple):
+    """Particles of one batch that stay, with weights that follow θ.
+
+    Attributes:
+        densities: the batch.
+        latents: shape ``(particle, unit, dim)``.
+        log_shares: normalised log weights at the θ where they were drawn, ``(particle, unit)``.
+        log_joint: log p(v, h; θ) there.
+    """
+
+    densities: UnitDensities
+    latents: Tensor
+    log_shares: Tensor
+    log_joint: Tensor
+
+    def reweighted(self) -> Tensor:
+        """Log weights at the present θ; the sum of a unit's estimates p(v; θ) / p(v; θ₀)."""
+        with torch.no_grad():
+            now = self.densities.log_joint(self.latents)
+        change = torch.where(torch.isneginf(self.log_shares), 0.0, now - self.log_joint)
+        return self.log_shares + change
+
+    def loss(self, shares: Tensor) -> Tensor:
+        """−Σ_u Σ_p w̃_up log p(v_u, h_up; θ)."""
+        log_joint = self.densities.log_joint(self.latents)
+        return -torch.where(shares > 0, shares * log_joint, 0.0).sum()
+
+
+@dataclass(frozen=True)
+class ExpectationMaximization:
+    """EM on fixed particles: seconds, not minutes, for a first look at what could be gained.
+
+    Particles of every unit are drawn at the present θ₀, by quadrature, enumeration or a short
+    annealing. An E-step weights them anew, w_p ∝ w_p p(v, h_p; θ) / p(v, h_p; θ₀); an M-step
+    raises Σ_u Σ_p w̃_up log p(v_u, h_up; θ) by a few iterations of L-BFGS. Where the weights have
+    become uneven, or nothing more is gained, particles are drawn anew. With exact particles no
+    step can lower the evidence.
+
+    Args:
+        num_steps: EM steps.
+        max_iterations: of L-BFGS in an M-step.
+        max_draws: how often particles may be drawn.
+        guide_training: how φ is retrained at θ_ref.
+
+    Source: "Maximum Likelihood from Incomplete Data via the EM Algorithm", Dempster, Laird, Rubin
+    (1977); "Implementations of the Monte Carlo EM Algorithm", Levine, Casella (2001).
+    """
+
+    num_steps: int = 20
+    max_iterations: int = 10
+    max_draws: int = 5
+    guide_training: GuideTraining = field(default_factory=lambda: GuideTraining(200))
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "max_iterations", "max_draws"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def name(self) -> str:
+        """What it does, with its budget."""
+        return f"EM, {self.num_steps} steps"
+
+    def check(self, problem: Problem) -> None:
+        """Any problem will do."""
+
+    def learn(self, run: LearningRun) -> Ending:
+        """Train θ, in place; φ stays as it is."""
+        done, gain = 0, 0.0
+        for i in range(self.max_draws):
+            ended = run.piece(f"draw-{i}", partial(self._climb, run, self.num_steps - done))
+            done, gain = done + int(ended["num_steps"]), ended["gain"]
+            if gain < _LEAST_GAIN:
+                return Ending(True, f"{gain:.2g} nats gained by the last particles")
+            if done >= self.num_steps:
+                return Ending(False, f"{done} steps, {gain:.2g} nats gained by the last particles")
+        return Ending(False, f"particles drawn {self.max_draws} times")
+
+    def _climb(self, run: LearningRun, most_steps: int) -> dict[str, float]:
+        """EM steps on one set of particles; how many, and the log evidence they gained."""
+        posteriors, leaves = _draw(run.problem), run.problem.model_parameters.trainable()
+        fresh = _sizes([part.log_shares for part in posteriors])
+        done, gain = 0, 0.0
+        while True:
+            log_weights = [part.reweighted() for part in posteriors]
+            reached = float(torch.cat([w.logsumexp(0) for w in log_weights]).double().sum())
+            worn = float((_sizes(log_weights) / fresh).mean()) < _LEAST_SHARE
+            if done == most_steps or (done and (worn or reached - gain < _LEAST_GAIN)):
+                return {"num_steps": done, "gain": reached}
+            gain = reached
+            self._maximise(posteriors, [w.softmax(0) for w in log_weights], leaves)
+            done, run.num_steps = done + 1, run.num_steps + 1
+            run.note()
+
+    def _maximise(
+        self, posteriors: Sequence[_Posterior], shares: Sequence[Tensor], leaves: Sequence[Tensor]
+    ) -> None:
+        def losses() -> tuple[float, Sequence[Tensor | None]]:
+            pairs = zip(posteriors, shares, strict=True)
+            total = torch.stack([part.loss(share) for part, share in pairs]).sum()
+            return float(total.detach()), torch.autograd.grad(total, leaves, allow_unused=True)
+
+        descend(losses, leaves, tolerance=_LEAST_GAIN, max_iterations=self.max_iterations)
+
+
+def _draw(problem: Problem) -> list[_Posterior]:
+    method = quick_choice(problem, _PARTICLES).method
+    posteriors = []
+    for densities in problem.densities:
+        latents, shares = heaviest(method.run(densities))
+        with torch.no_grad():
+            log_joint = densities.log_joint(latents)
+        posteriors.append(_Posterior(densities, latents, shares.log(), log_joint))
+    return posteriors
+
+
+def _sizes(log_weights: Sequence[Tensor]) -> Tensor:
+    """Effective number of particles of every unit of every batch."""
+    return torch.cat([effective_sample_size(part) for part in log_weights])

@@ -1,0 +1,183 @@
+"""Learning θ and φ by stochastic gradient steps on an objective, in rounds, until it arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from pyro_vharm.errors import InputError
+from pyro_vharm.estimates import Estimate
+from pyro_vharm.learning.guide_training import GuideTraining
+from pyro_vharm.learning.journal import random_state, set_random_state
+from pyro_vharm.learning.learning_run import Ending, LearningRun, Values, is_higher
+from pyro_vharm.learning.training import Schedule, minimise, shuffled_passes
+from pyro_vharm.model.minibatches import cut_units
+from pyro_vharm.model.problem import Problem
+from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
+from pyro_vharm.objectives.objective import UnitObjective
+
+__all__ = ["GradientLearner"]
+
+_PARTIAL = "partial"
+_MOST_DOUBLINGS, _CHECKPOINTS, _STEPS_PER_FILE = 20, 20, 100
+
+
+def _importance_weighted() -> UnitObjective:
+    return ImportanceWeightedELBO(50)
+
+
+@dataclass(frozen=True)
+class GradientLearner:
+    """Trains θ and φ on an objective by Adam, in rounds, while log evidence rises.
+
+    After each round, the log evidence of a few hundred units is looked at. Where going as far
+    again in the same direction raises it, that is done, again and again: a learner whose steps are
+    small beside the distance it has to go ends somewhere on the way. The learner has converged
+    when a round raises log evidence by no more than its error, or 0.05 nats; the better end of
+    that round is kept.
+
+    Args:
+        objective: one of this package's, such as `ImportanceWeightedELBO` or `MarkovChainEM`. It is
+            copied without what it carries from call to call.
+        num_steps: gradient steps of a round.
+        learning_rate: first step size of Adam in a round; it falls along a half cosine to a
+            hundredth.
+        batch_size: units per step where one batch holds more and can be cut without changing
+            densities.
+        max_rounds: the budget.
+        guide_training: how φ is retrained at θ_ref.
+    """
+
+    objective: UnitObjective = field(default_factory=_importance_weighted)
+    num_steps: int = 3000
+    learning_rate: float = 0.003
+    batch_size: int = 100
+    max_rounds: int = 3
+    guide_training: GuideTraining = field(default_factory=GuideTraining)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.objective, UnitObjective):
+            raise InputError(
+                "objective must be one of this package's, such as ImportanceWeightedELBO(50), not "
+                f"{self.objective!r}"
+            )
+        Schedule(self.num_steps, self.learning_rate)
+        for name in ("batch_size", "max_rounds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def name(self) -> str:
+        """The objective, in words."""
+        return self.objective.name
+
+    def check(self, problem: Problem) -> None:
+        """Refuse a problem that the objective cannot train.
+
+        Raises:
+            InputError: saying what stands in the way.
+        """
+        self.objective.check(problem.densities[0])
+
+    def learn(self, run: LearningRun) -> Ending:
+        """Train θ and φ, in place."""
+        reached = run.evidence("before")
+        run.note(evidence=reached.per_unit.value)
+        for i in range(self.max_rounds):
+            with run.stage(f"round-{i}"):
+                before = run.values()
+                run.piece("steps", partial(self._descend, run))
+                now = _go_further(run, before)
+            if not is_higher(now, reached):
+                if now.value < reached.value:
+                    run.assign(before)
+                return Ending(True, f"log evidence rose no further in round {i + 1}")
+            reached = now
+        return Ending(False, f"log evidence still rose in round {self.max_rounds}")
+
+    def _descend(self, run: LearningRun) -> None:
+        problem, objective = run.problem, self.objective.renewed()
+        batches = [part for d in problem.densities for part in cut_units(d, self.batch_size)]
+        order = shuffled_passes(len(batches), self.num_steps)
+        theta, phi = problem.model_parameters, problem.guide_parameters
+        leaves = [*theta.trainable(), *phi.trainable(), *objective.leaves(batches[0])]
+
+        def loss(step: int) -> Tensor:
+            terms = objective.evaluate(batches[order[step]])
+            return terms.loss * len(batches)  # unbiased whatever the sizes of the batches
+
+        minimise(
+            loss,
+            leaves,
+            Schedule(self.num_steps, self.learning_rate),
+            description="learning",
+            progress=run.progress,
+            keeper=_Keeper(run, objective, self.num_steps),
+        )
+
+
+@dataclass
+class _Keeper:
+    """Notes the history, and writes down every so many steps all that going on takes."""
+
+    run: LearningRun
+    objective: UnitObjective
+    num_steps: int
+    losses: list[float] = field(default_factory=list)
+
+    def begin(self, loop: Sequence[Any]) -> int:
+        """Restore a loop that was cut short."""
+        found = self.run.journal.recall(_PARTIAL)
+        if found is None:
+            return 0
+        self.run.restore(found["run"])
+        for part, state in zip(loop, found["loop"], strict=True):
+            part.load_state_dict(state)
+        self.objective.carry(found["carried"])
+        self.losses[:] = found["losses"]
+        set_random_state(found["random_state"])
+        done: int = found["done"]
+        return done
+
+    def step(self, done: int, value: float, loop: Sequence[Any]) -> None:
+        """Count a step, and note or write what is due."""
+        self.run.num_steps += 1
+        self.losses.append(value / self.run.problem.num_units)
+        if done % max(self.num_steps // _CHECKPOINTS, 1) == 0:
+            mean = sum(self.losses) / len(self.losses)
+            name, sign = ("loss", 1) if self.objective.side == "upper" else ("bound", -1)
+            self.run.note(**{name: sign * mean})
+            self.losses.clear()
+        if self.run.journal.path is not None and done % _STEPS_PER_FILE == 0:
+            content = {
+                "done": done,
+                "run": self.run.state(),
+                "loop": [part.state_dict() for part in loop],
+                "carried": self.objective.carried(),
+                "losses": list(self.losses),
+                "random_state": random_state(),
+            }
+            self.run.journal.write(_PARTIAL, content)
+
+
+def _go_further(run: LearningRun, before: Values) -> Estimate:
+    """Double the displacement of θ and φ while log evidence rises; what it rose to."""
+    reached = run.evidence("after")
+    for i in range(_MOST_DOUBLINGS):
+        here = run.values()
+        run.assign(Values(_doubled(here.model, before.model), _doubled(here.guide, before.guide)))
+        further = run.evidence(f"doubling-{i}")
+        if not is_higher(further, reached):
+            run.assign(here)
+            break
+        reached = further
+    run.note(evidence=reached.per_unit.value)
+    return reached
+
+
+def _doubled(here: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: 2 * value - before[name] for name, value in here.items()}

@@ -1,0 +1,177 @@
+"""One attempt at better parameters as a learner sees it: evidence, journal and history."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pyro_vharm.estimates import Estimate, Kind
+from pyro_vharm.inference.annealing import AnnealedImportanceSampling
+from pyro_vharm.inference.choice import Choice, choose_method
+from pyro_vharm.inference.evidence import estimate_evidence
+from pyro_vharm.inference.start import MatchedStart
+from pyro_vharm.learning.history import Checkpoint, take_checkpoint
+from pyro_vharm.learning.journal import Journal
+from pyro_vharm.model.minibatches import cut_units
+from pyro_vharm.model.problem import Problem
+
+__all__ = ["Ending", "LearningRun", "Values", "is_higher", "quick_choice", "watch"]
+
+_LEAST_GAIN = 0.05
+_PROBED_UNITS, _MANY_DIMS, _FEW_DIMS = 200, 10, 2
+_WATCHING = 8  # particles
+
+
+class Ending(NamedTuple):
+    """How a learner's work ended.
+
+    Attributes:
+        converged: whether log evidence stopped rising, and not the budget stopped it.
+        reason: in words.
+    """
+
+    converged: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'converged' if self.converged else 'stopped by its budget'}: {self.reason}"
+
+
+class Values(NamedTuple):
+    """θ and φ, unconstrained, by name."""
+
+    model: Mapping[str, Tensor]
+    guide: Mapping[str, Tensor]
+
+
+@dataclass
+class LearningRun:
+    """One start of one learner: its parameters are those of the problem, and change in place.
+
+    Attributes:
+        problem: model, guide and data.
+        journal: pieces of work that are done.
+        progress: show bars.
+        checkpoints: θ and φ along the way, with the bound and the evidence per unit in nats.
+        num_steps: gradient steps, iterations or EM steps so far.
+    """
+
+    problem: Problem
+    journal: Journal
+    progress: bool
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    num_steps: int = 0
+    _probe: Problem | None = None
+
+    def values(self) -> Values:
+        """θ and φ as they are now."""
+        theta, phi = self.problem.model_parameters, self.problem.guide_parameters
+        return Values(theta.values(), phi.values())
+
+    def assign(self, values: Values) -> None:
+        """Set θ and φ, in place."""
+        self.problem.model_parameters.assign(values.model)
+        self.problem.guide_parameters.assign(values.guide)
+
+    @contextmanager
+    def stage(self, scope: str) -> Iterator[None]:
+        """Pieces of work inside have names of their own."""
+        before = self.journal
+        self.journal = before.within(scope)
+        try:
+            yield
+        finally:
+            self.journal = before
+
+    def piece(
+        self, name: str, work: Callable[[], Mapping[str, float] | None]
+    ) -> Mapping[str, float]:
+        """Work that changes θ, φ and the history, done once however often the run is resumed.
+
+        Returns:
+            the numbers that it returned.
+        """
+
+        def done() -> Mapping[str, Any]:
+            numbers = dict(work() or {})
+            return {"numbers": numbers, "run": self.state()}
+
+        found = self.journal.once(name, done)
+        self.restore(found["run"])
+        numbers: Mapping[str, float] = found["numbers"]
+        return numbers
+
+    def state(self) -> dict[str, Any]:
+        """All of the run, as plain tensors and numbers."""
+        values = self.values()
+        return {
+            "model": dict(values.model),
+            "guide": dict(values.guide),
+            "num_steps": self.num_steps,
+            "checkpoints": [(c.step, dict(c.values), dict(c.scalars)) for c in self.checkpoints],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put the run where it was when `state` was taken."""
+        self.assign(Values(state["model"], state["guide"]))
+        self.num_steps = state["num_steps"]
+        self.checkpoints[:] = [Checkpoint(*content) for content in state["checkpoints"]]
+
+    def evidence(self, name: str) -> Estimate:
+        """Log evidence of a few hundred units, to steer by."""
+        if self._probe is None:
+            self._probe = _probe(self.problem)
+        probe = self._probe
+
+        return watch(probe, self.journal, name)
+
+    def note(self, **scalars: float) -> None:
+        """Take a checkpoint at the present step, or add to the one there is."""
+        kept = self.checkpoints
+        known: Mapping[str, float] = {}
+        if kept and kept[-1].step == self.num_steps:
+            known = kept.pop().scalars
+        numbers = {**known, **scalars}
+        kept.append(
+            take_checkpoint(self.problem.model, self.problem.guide, self.num_steps, numbers)
+        )
+
+
+def _probe(problem: Problem) -> Problem:
+    """A few hundred of the units, if they can be had apart, with the same live parameters."""
+    part = cut_units(problem.densities[0], _PROBED_UNITS)[0]
+    return replace(problem, batches=[part.batch], densities=[part])
+
+
+def watch(problem: Problem, journal: Journal, name: str) -> Estimate:
+    """Log evidence as a learner left it, to choose between attempts and for nothing else."""
+
+    def look() -> Mapping[str, Any]:
+        choice = quick_choice(problem, _WATCHING)
+        found = estimate_evidence(problem.densities, choice).per_unit.total()
+        return {"value": found.value, "error": found.mc_error, "kind": int(found.kind)}
+
+    found = journal.once(name, look)
+    return Estimate(found["value"], found["error"], problem.num_units, Kind(found["kind"]))
+
+
+def quick_choice(problem: Problem, num_particles: int) -> Choice:
+    """The method of choice for few dimensions; for more, a short annealing."""
+    dim = problem.densities[0].dim
+    if dim <= _FEW_DIMS:
+        return choose_method(problem.densities)
+    start = MatchedStart(refit=dim > _MANY_DIMS)
+    return Choice(
+        AnnealedImportanceSampling(num_particles, num_steps=5, num_settling=5, start=start)
+    )
+
+
+def is_higher(first: Estimate, second: Estimate) -> bool:
+    """Whether log evidence rose from the second to the first, beyond both their errors."""
+    error = math.hypot(first.mc_error, second.mc_error)
+    return first.value > second.value + max(2 * error, _LEAST_GAIN)
