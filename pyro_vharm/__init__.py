@@ -60,6 +60,7 @@ from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
 from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
+from pyro_vharm.output.converters import from_mcmc, from_svi
 from pyro_vharm.output.datatree import to_datatree
 from pyro_vharm.output.figures import plot_ledger
 from pyro_vharm.particles import Particles
@@ -120,6 +121,8 @@ __all__ = [
     "capture_parameters",
     "diagnose",
     "forget_compiled",
+    "from_mcmc",
+    "from_svi",
     "inference_gap",
     "learn_reference",
     "learning_harm",

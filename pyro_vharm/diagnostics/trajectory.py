@@ -67,8 +67,8 @@ class DiagnosedHistory:
         rows = [[str(step), *_row(found)] for step, found in self.diagnoses.items()]
         names = ["log evidence", "ELBO", "gap", "± mc", "approx.", "amort.", "non-Gauss.", "dep."]
         line = (
-            f"{len(self.diagnoses)} of {len(self.history)} checkpoints, nats per unit: "
-            "approximation and amortization\ngap; of the true posteriors, non-Gaussianity and total correlation"
+            f"{len(self.diagnoses)} of {len(self.history)} checkpoints, nats per unit:"
+            "\napproximation and amortization gap; posteriors' non-Gaussianity and dependence"
         )
         return "\n".join([text_table(["step", *names], rows), line])
 
