@@ -9,10 +9,11 @@ All numbers are in nats.
 """
 
 from pyro_vharm.auditing import audit
+from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
 from pyro_vharm.diagnostics.harm import EvidencePair, LearningHarm, learning_harm
 from pyro_vharm.diagnostics.modes import Modes
-from pyro_vharm.diagnostics.shape import PosteriorShape
+from pyro_vharm.diagnostics.shape import ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import posterior_shape
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis, diagnose
 from pyro_vharm.diagnostics.verdict import Audit, Verdict
@@ -75,9 +76,11 @@ __all__ = [
     "BridgeSampling",
     "Checkpoint",
     "Confirmation",
+    "ContinuousShape",
     "DefensiveMixture",
     "DiagnosedHistory",
     "Diagnosis",
+    "DiscreteShape",
     "Enumeration",
     "Estimate",
     "Evidence",

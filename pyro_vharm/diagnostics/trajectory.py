@@ -36,12 +36,12 @@ class Diagnosis:
     Attributes:
         parameters: θ by name, on the user-facing scale.
         gap: log evidence, ELBO and the ELBO of a refitted guide, in nats.
-        shape: of the true posteriors; ``None`` where all latents are discrete.
+        shape: of the true posteriors.
     """
 
     parameters: Mapping[str, Tensor]
     gap: InferenceGap
-    shape: PosteriorShape | None
+    shape: PosteriorShape
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DiagnosedHistory:
 
 
 def _row(found: Diagnosis) -> list[str]:
-    gap, shape = found.gap, found.shape
+    gap, shape = found.gap, found.shape.continuous
     entries = [gap.evidence.per_unit, gap.elbo, gap.gap, gap.approximation, gap.amortization]
     entries += [None, None] if shape is None else [shape.non_gaussianity, shape.total_correlation]
     cells = [_per_unit(entry) for entry in entries]
@@ -161,7 +161,7 @@ def diagnose(
             history.model, history.guide, data, unit_plate=unit_plate, parameters=parameters
         )
         choice = choose_method(problem.densities, method)
-        shape = choose_for_shape(problem, shape_method) if problem.densities[0].dim else None
+        shape = choose_for_shape(problem, shape_method)
         settings = {
             "data": _fingerprint(problem.batches),
             "method": str(choice),
@@ -184,7 +184,7 @@ def diagnose(
             found[checkpoint.step] = Diagnosis(
                 problem.model_parameters.constrained(),
                 measure_gap(problem, choice, refit, progress=shown),
-                None if shape is None else measure_shape(problem, shape, progress=shown),
+                measure_shape(problem, shape, progress=shown),
             )
     return replace(known, diagnoses=dict(sorted(found.items())), settings=settings)
 
