@@ -230,6 +230,9 @@ def test_too_few_particles_are_refused():
     few = vh.ImportanceSampling(8)
     with pytest.raises(vh.InputError, match="at least 12 particles for units of 2 dim"):
         vh.posterior_shape(case.model, case.data, method=few, **QUIET)
+    together = vh.SequentialMonteCarlo(num_particles=32, num_groups=2)
+    with pytest.raises(vh.InputError, match="at least 4 independent groups of particles"):
+        vh.posterior_shape(case.model, case.data, method=together, **QUIET)
 
 
 def test_the_tree_can_be_summarised_and_stored(tmp_path):

@@ -85,7 +85,7 @@ class ContinuousShape:
 
         By ArviZ, from `quantiles`; shape ``(unit, dim, interval, 2)``, NaN where there are fewer.
         """
-        points = self.quantiles.movedim(0, -1).numpy()
+        points = self.quantiles.movedim(0, -1).cpu().numpy()
         return torch.from_numpy(
             array_stats.hdi(points, prob, axis=-1, method="multimodal", skipna=True)
         )

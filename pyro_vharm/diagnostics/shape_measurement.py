@@ -50,7 +50,7 @@ from pyro_vharm.particles import Particles, effective_sample_size, resample
 __all__ = ["choose_for_shape", "measure_shape", "posterior_shape"]
 
 _PARTICLES, _PARTICLES_PER_DIM, _FEWEST_STEPS = 256, 8, 5
-_UNITS_PER_BLOCK = 256
+_FEWEST_GROUPS, _UNITS_PER_BLOCK = 4, 256
 _ROWS_PER_PASS = 2**17
 _DRAWS, _CLIMBS = 1000, 32
 _SIZE_OF_GRID = 1000.0
@@ -178,6 +178,12 @@ def _check_number(run: Particles) -> None:
         raise InputError(
             f"method must give at least {4 * (dim + 1)} particles for units of {dim} dimensions, "
             f"not {count}; raise num_particles"
+        )
+    num_groups = count // run.group_size
+    if run.kind > Kind.NUMERICAL and num_groups < _FEWEST_GROUPS:
+        raise InputError(
+            f"method must give at least {_FEWEST_GROUPS} independent groups of particles, whose "
+            f"differences are the errors, not {num_groups}; raise num_groups or num_chains"
         )
 
 
