@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -17,7 +18,7 @@ from pyro_vharm.diagnostics.shape import PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import choose_for_shape, measure_shape
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import UnitEstimates
-from pyro_vharm.inference.choice import InferenceMethod, choose_method
+from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
 from pyro_vharm.learning.history import Checkpoint, History
 from pyro_vharm.learning.refit import Refit
 from pyro_vharm.model.data import Batch, Data
@@ -160,14 +161,10 @@ def diagnose(
         problem = prepare(
             history.model, history.guide, data, unit_plate=unit_plate, parameters=parameters
         )
-        choice = choose_method(problem.densities, method)
-        shape = choose_for_shape(problem, shape_method)
-        settings = {
-            "data": _fingerprint(problem.batches),
-            "method": str(choice),
-            "refit": str(refit),
-            "shape_method": str(shape),
-            "unit_plate": str(problem.layout.plate),
+        plan = _Plan(
+            choose_method(problem.densities, method), refit, choose_for_shape(problem, shape_method)
+        )
+        settings = plan.settings(problem) | {
             "parameters": str(tuple(parameters)),
             "seed": str(seed),
         }
@@ -180,13 +177,34 @@ def diagnose(
         for checkpoint in bar:
             _hold(problem, checkpoint)
             pyro.set_rng_seed(seed + checkpoint.step)
-            shown = progress and single
-            found[checkpoint.step] = Diagnosis(
-                problem.model_parameters.constrained(),
-                measure_gap(problem, choice, refit, progress=shown),
-                measure_shape(problem, shape, progress=shown),
-            )
+            found[checkpoint.step] = plan.measure(problem, progress=progress and single)
     return replace(known, diagnoses=dict(sorted(found.items())), settings=settings)
+
+
+class _Plan(NamedTuple):
+    """What is measured at every checkpoint, and how."""
+
+    choice: Choice
+    refit: Refit
+    shape: Choice
+
+    def settings(self, problem: Problem) -> dict[str, str]:
+        """All that decides about the numbers."""
+        return {
+            "data": _fingerprint(problem.batches),
+            "method": str(self.choice),
+            "refit": str(self.refit),
+            "shape_method": str(self.shape),
+            "unit_plate": str(problem.layout.plate),
+        }
+
+    def measure(self, problem: Problem, *, progress: bool) -> Diagnosis:
+        """At the parameters that the problem holds now."""
+        return Diagnosis(
+            problem.model_parameters.constrained(),
+            measure_gap(problem, self.choice, self.refit, progress=progress),
+            measure_shape(problem, self.shape, progress=progress),
+        )
 
 
 def _indices(history: History, checkpoints: Sequence[int] | None) -> Sequence[int]:
