@@ -9,10 +9,11 @@ All numbers are in nats.
 """
 
 from pyro_vharm.auditing import audit
+from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
 from pyro_vharm.diagnostics.harm import LearningHarm, learning_harm
 from pyro_vharm.diagnostics.modes import Modes
-from pyro_vharm.diagnostics.shape import PosteriorShape
+from pyro_vharm.diagnostics.shape import ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import posterior_shape
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis, diagnose
 from pyro_vharm.diagnostics.verdict import Audit, Verdict
@@ -67,6 +68,7 @@ from pyro_vharm.objectives.gradients import DoublyReparameterized, Pathwise, Sti
 from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
 from pyro_vharm.objectives.markov_chain_em import MarkovChainEM
 from pyro_vharm.objectives.objective import ObjectiveReport
+from pyro_vharm.output.converters import from_mcmc, from_svi
 from pyro_vharm.output.datatree import to_datatree
 from pyro_vharm.output.figures import plot_ledger
 from pyro_vharm.particles import Particles
@@ -82,9 +84,11 @@ __all__ = [
     "Checkpoint",
     "ClimbingLearner",
     "Confirmation",
+    "ContinuousShape",
     "DefensiveMixture",
     "DiagnosedHistory",
     "Diagnosis",
+    "DiscreteShape",
     "DoublyReparameterized",
     "Enumeration",
     "Estimate",
@@ -140,6 +144,8 @@ __all__ = [
     "capture_parameters",
     "diagnose",
     "forget_compiled",
+    "from_mcmc",
+    "from_svi",
     "inference_gap",
     "learn_reference",
     "learning_harm",

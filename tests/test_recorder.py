@@ -135,6 +135,8 @@ def test_what_was_whole_survives_a_kill(tmp_path):
 def test_what_cannot_be_restored_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(vh.InputError, match="hold no parameter yet"):
         vh.Recorder(tied_model, tied_guide).record(0)
+    with pytest.raises(vh.InputError, match="must be a directory of checkpoints"):
+        vh.History.load(tmp_path / "nowhere", tied_model, tied_guide)
     with pytest.raises(vh.InputError, match="every must be at least 1, not 0"):
         vh.Recorder(tied_model, tied_guide, every=0)
     set_tied(1.0)

@@ -105,7 +105,23 @@ CALLS = {
     "audit": lambda m, g, v: vh.audit(
         m, g, (v,), heldout=(v[:5],), learner=QUICK, refit=SHORT, progress=False
     ),
+    "posterior_shape": lambda m, g, v: vh.posterior_shape(m, (v,), guide=g, progress=False),
+    "diagnose": lambda m, g, v: vh.diagnose(recorded(m, g), (v,), refit=SHORT, progress=False),
+    "history": lambda m, g, v: held(recorded(m, g)),
+    "from_svi": lambda m, g, v: vh.from_svi(m, g, (v,), num_draws=3, progress=False),
 }
+
+
+def recorded(model, guide):
+    recorder = vh.Recorder(model, guide, every=1)
+    recorder.record(0)
+    other = {name: value + 0.1 for name, value in recorder.history[0].values.items()}
+    return recorder.history.appended(vh.Checkpoint(1, other))
+
+
+def held(history):
+    with history.at(1):
+        pass
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -44,7 +44,7 @@ def test_exact_evidence_and_gap_at_every_checkpoint(history, tmp_path):
         measured = found.gap.gap.total()
         assert abs(measured.value - gap) < Z * measured.mc_error
         dependence = math.log(1 + a**2) - 0.5 * math.log(1 + 2 * a**2)
-        shape = found.shape
+        shape = found.shape.continuous
         assert torch.allclose(shape.gaussian_dependence.values, torch.tensor(dependence), atol=1e-5)
         assert torch.allclose(shape.non_gaussianity.values, torch.zeros(5), atol=1e-5)
     text = str(diagnosed)
@@ -101,7 +101,7 @@ def test_a_checkpoint_without_a_parameter_is_refused(history):
         vh.diagnose(history, (V,), checkpoints=[0, 3], **OPTIONS)
 
 
-def test_all_discrete_latents_have_no_shape():
+def test_discrete_latents_and_no_guide():
     def model(v):
         rate = pyro.param("rate", torch.tensor(0.3))
         with pyro.plate("units", len(v)):
@@ -112,8 +112,12 @@ def test_all_discrete_latents_have_no_shape():
     recorder = vh.Recorder(model, None, every=1)
     recorder.record(0)
     found = vh.diagnose(recorder.history, (V,), **OPTIONS)
-    assert found.diagnoses[0].shape is None and found.diagnoses[0].gap.elbo is None
-    assert "—" in str(found) and "trajectory" in vh.to_datatree(found).children
+    shape, tree = found.diagnoses[0].shape, vh.to_datatree(found)
+    assert shape.continuous is None and found.diagnoses[0].gap.elbo is None
+    assert float(tree["trajectory"]["discrete_entropy"].sum()) == pytest.approx(
+        float(shape.discrete.entropy.values.sum())
+    )
+    assert "—" in str(found)
 
 
 def test_modules_outside_the_store_are_set_too():

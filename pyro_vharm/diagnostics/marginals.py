@@ -147,7 +147,7 @@ def quantiles(values: Tensor, weights: Tensor, sizes: Tensor) -> Tensor:
             sorted_masses = masses[order, unit]
             below = sorted_masses.cumsum() - 0.5 * sorted_masses
             found[:count, unit, axis] = np.interp(levels, below, columns[order, unit, axis])
-    return torch.from_numpy(found)
+    return torch.from_numpy(found).to(values.device)
 
 
 def dips(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ def dips(points: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: "The Dip Test of Unimodality", Hartigan, Hartigan (1985).
     """
-    columns = points.flatten(1).T.numpy()
+    columns = points.flatten(1).T.cpu().numpy()
     found = [_dip(column[~np.isnan(column)]) for column in columns]
     pairs = torch.tensor(found, dtype=torch.float64).reshape(*points.shape[1:], 2)
     return pairs[..., 0], pairs[..., 1]

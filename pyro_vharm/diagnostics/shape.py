@@ -10,12 +10,19 @@ import torch
 from arviz_stats.base import array_stats
 from torch import Tensor
 
+from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.modes import Modes
 from pyro_vharm.diagnostics.weighted_moments import Measured
 from pyro_vharm.estimates import UnitEstimates, concatenate
 from pyro_vharm.tables import html_table, nats, text_table
 
-__all__ = ["IN_NATS", "OF_COORDINATES", "PosteriorShape", "join_shapes"]
+__all__ = [
+    "IN_NATS",
+    "OF_COORDINATES",
+    "ContinuousShape",
+    "PosteriorShape",
+    "join_shapes",
+]
 
 IN_NATS = ("entropy", "non_gaussianity", "gaussian_dependence", "total_correlation")
 OF_COORDINATES = ("mean", "sd", "skewness", "excess_kurtosis")
@@ -23,8 +30,8 @@ _SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
-class PosteriorShape:
-    """The shape of p(h | v; θ) of each unit, on the unconstrained scale.
+class ContinuousShape:
+    """The posterior of the continuous latents h of each unit, on the unconstrained scale.
 
     Discrete latents are summed out. Numbers in nats are the guide's possible losses: a Gaussian
     family cannot come nearer in KL(p ‖ q) than `non_gaussianity`, nor a factorised one than the
@@ -78,7 +85,7 @@ class PosteriorShape:
 
         By ArviZ, from `quantiles`; shape ``(unit, dim, interval, 2)``, NaN where there are fewer.
         """
-        points = self.quantiles.movedim(0, -1).numpy()
+        points = self.quantiles.movedim(0, -1).cpu().numpy()
         return torch.from_numpy(
             array_stats.hdi(points, prob, axis=-1, method="multimodal", skipna=True)
         )
@@ -100,7 +107,7 @@ class PosteriorShape:
         unseen = float(self.modes.unseen_mass().max())
         return "\n".join(
             [
-                text_table(["posterior shape, nats", "per unit", "± mc", "largest"], rows),
+                text_table(["continuous latents, nats", "per unit", "± mc", "largest"], rows),
                 f"more than one mode: {share:.1%} ± {again:.1%} of {len(rank.values)} units; modes "
                 f"of less than {unseen:.0%} of a unit's mass may be missed",
                 *([f"{unsettled:.1%} of the climbs did not come to rest"] if unsettled else []),
@@ -109,11 +116,28 @@ class PosteriorShape:
             ]
         )
 
+
+@dataclass(frozen=True)
+class PosteriorShape:
+    """The shape of the true posterior of each unit.
+
+    Attributes:
+        continuous: of the continuous latents; ``None`` where there are none.
+        discrete: of the discrete latents; ``None`` where there are none, or more than 4096
+            configurations of one unit.
+    """
+
+    continuous: ContinuousShape | None
+    discrete: DiscreteShape | None
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(part) for part in (self.continuous, self.discrete) if part)
+
     def _repr_html_(self) -> str:
         return html_table(str(self))
 
 
-def join_shapes(parts: Sequence[PosteriorShape]) -> PosteriorShape:
+def join_shapes(parts: Sequence[ContinuousShape]) -> ContinuousShape:
     """The units of several parts, one after the other."""
 
     def measured(found: Sequence[Measured]) -> Measured:

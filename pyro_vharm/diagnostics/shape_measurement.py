@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pyro_vharm.diagnostics.discrete_shape import join_discrete, measure_discrete
 from pyro_vharm.diagnostics.marginals import (
     dips,
     marginal_negentropies,
@@ -16,7 +17,13 @@ from pyro_vharm.diagnostics.marginals import (
     with_principal_axes,
 )
 from pyro_vharm.diagnostics.modes import find_modes
-from pyro_vharm.diagnostics.shape import IN_NATS, OF_COORDINATES, PosteriorShape, join_shapes
+from pyro_vharm.diagnostics.shape import (
+    IN_NATS,
+    OF_COORDINATES,
+    ContinuousShape,
+    PosteriorShape,
+    join_shapes,
+)
 from pyro_vharm.diagnostics.weighted_moments import (
     Blocks,
     Measured,
@@ -31,6 +38,7 @@ from pyro_vharm.estimates import Kind, UnitEstimates
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
 from pyro_vharm.inference.start import match_gaussian
+from pyro_vharm.model.configurations import MOST_CONFIGURATIONS, list_configurations
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import unit_blocks
@@ -42,7 +50,7 @@ from pyro_vharm.particles import Particles, effective_sample_size, resample
 __all__ = ["choose_for_shape", "measure_shape", "posterior_shape"]
 
 _PARTICLES, _PARTICLES_PER_DIM, _FEWEST_STEPS = 256, 8, 5
-_UNITS_PER_BLOCK = 256
+_FEWEST_GROUPS, _UNITS_PER_BLOCK = 4, 256
 _ROWS_PER_PASS = 2**17
 _DRAWS, _CLIMBS = 1000, 32
 _SIZE_OF_GRID = 1000.0
@@ -62,10 +70,11 @@ def posterior_shape(
     """The shape of the true posterior of each unit, at the parameters that the model holds now.
 
     Weighted particles are handled as weighted. As log Ẑ is known, so is log p(h | v) at each
-    particle, and with it the entropy: what is in nats needs no estimate of a joint density.
+    particle, and with it the entropy: what is in nats needs no estimate of a joint density. The
+    posterior of discrete latents is exact given the continuous ones.
 
     Args:
-        model: a Pyro model with continuous latents; discrete ones are summed out.
+        model: a Pyro model.
         data: positional arguments as a tuple, keyword arguments as a Mapping, or an iterable of
             batches.
         guide: a trained guide; its draws say where to look. Without one, the prior does.
@@ -80,7 +89,8 @@ def posterior_shape(
 
     Raises:
         InputError: where model, guide or data break a constraint, before any long work; where all
-            latents are discrete; and where there are too few particles for so many dimensions.
+            latents are discrete with too many configurations; and where there are too few
+            particles for so many dimensions.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -88,29 +98,24 @@ def posterior_shape(
     ...         h = pyro.sample("h", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     ...         pyro.sample("x", dist.Normal(h.sum(-1), 1.0), obs=x)
     >>> shape = posterior_shape(model, (torch.tensor([0.5, -3.0]),), progress=False)
-    >>> abs(shape.non_gaussianity.total().value) < 1e-4  # the posterior is Gaussian
+    >>> abs(shape.continuous.non_gaussianity.total().value) < 1e-4  # the posterior is Gaussian
     True
-    >>> round(shape.gaussian_dependence.total().per_unit.value, 2)  # ½ log (4/3)
+    >>> round(shape.continuous.gaussian_dependence.total().per_unit.value, 2)  # ½ log (4/3)
     0.14
-    >>> shape.modes.counts
+    >>> shape.continuous.modes.counts
     tensor([1, 1])
     """
     with untouched(seed, model, guide):
         problem = prepare(model, guide, data, unit_plate=unit_plate, parameters=parameters)
-        if problem.densities[0].dim == 0:
-            raise InputError(
-                "posterior_shape looks at continuous latents, and all latents of the model are "
-                "discrete"
-            )
         return measure_shape(problem, choose_for_shape(problem, method), progress=progress)
 
 
 def choose_for_shape(problem: Problem, method: InferenceMethod | None) -> Choice:
     """The user's method, or one whose particles have weights of about equal size."""
     choice = choose_method(problem.densities, method)
-    if method is not None:
-        return choice
     dim = problem.densities[0].dim
+    if method is not None or dim == 0:
+        return choice
     count = max(_PARTICLES, 32 * math.ceil(_PARTICLES_PER_DIM * dim / 32))
     annealed = AnnealedImportanceSampling(count, num_steps=_FEWEST_STEPS, target_width=1.0 / count)
     if choice.otherwise is None:
@@ -120,18 +125,46 @@ def choose_for_shape(problem: Problem, method: InferenceMethod | None) -> Choice
 
 def measure_shape(problem: Problem, choice: Choice, *, progress: bool) -> PosteriorShape:
     """`posterior_shape` for a problem that is prepared, at the parameters it holds now."""
+    listed = _can_list(problem)
     runs = [choice.method.run(part, progress=progress) for part in problem.densities]
     method = choice.method
     if choice.otherwise is not None and not all(_converged(run) for run in runs):
         method = choice.otherwise
         runs = [method.run(part, progress=progress) for part in problem.densities]
-    _check_number(runs[0])
-    parts = [
-        _shape_of_block(block, _of_units(run, units), str(method))
-        for densities, run in zip(problem.densities, runs, strict=True)
-        for units, block in unit_blocks(densities, _UNITS_PER_BLOCK)
-    ]
-    return join_shapes(parts)
+    continuous = problem.densities[0].dim > 0
+    if continuous:
+        _check_number(runs[0])
+    shapes, discrete = [], []
+    for densities, run in zip(problem.densities, runs, strict=True):
+        for units, block in unit_blocks(densities, _UNITS_PER_BLOCK):
+            part = _of_units(run, units)
+            if continuous:
+                shapes.append(_shape_of_block(block, part, str(method)))
+            configurations = list_configurations(block) if listed else None
+            if configurations is not None:
+                discrete.append(measure_discrete(block, part, configurations))
+    return PosteriorShape(
+        join_shapes(shapes) if shapes else None, join_discrete(discrete) if discrete else None
+    )
+
+
+def _can_list(problem: Problem) -> bool:
+    """Whether there are discrete latents, in few enough configurations.
+
+    Raises:
+        InputError: if there are too many, and no other latents.
+    """
+    first = problem.densities[0]
+    if not first.structure.discrete:
+        return False
+    if list_configurations(first) is not None:
+        return True
+    if first.dim == 0:
+        raise InputError(
+            f"all latents of the model are discrete, in more than {MOST_CONFIGURATIONS} "
+            "configurations of one unit, which are not listed; log_evidence sums over them"
+        )
+    return False
 
 
 def _converged(run: Particles) -> bool:
@@ -145,6 +178,12 @@ def _check_number(run: Particles) -> None:
         raise InputError(
             f"method must give at least {4 * (dim + 1)} particles for units of {dim} dimensions, "
             f"not {count}; raise num_particles"
+        )
+    num_groups = count // run.group_size
+    if run.kind > Kind.NUMERICAL and num_groups < _FEWEST_GROUPS:
+        raise InputError(
+            f"method must give at least {_FEWEST_GROUPS} independent groups of particles, whose "
+            f"differences are the errors, not {num_groups}; raise num_groups or num_chains"
         )
 
 
@@ -161,7 +200,7 @@ def _of_units(run: Particles, units: Tensor) -> Particles:
     )
 
 
-def _shape_of_block(densities: UnitDensities, run: Particles, method: str) -> PosteriorShape:
+def _shape_of_block(densities: UnitDensities, run: Particles, method: str) -> ContinuousShape:
     count, _, dim = run.unconstrained.shape
     known = run.log_evidence
     particles = standardise(
@@ -179,7 +218,7 @@ def _shape_of_block(densities: UnitDensities, run: Particles, method: str) -> Po
     statistics, p_values = dips(points)
     climbers = _draws(run, on_grid)[:_CLIMBS]
     in_nats = {name: _in_nats(found[name], run.kind, on_grid, known) for name in IN_NATS}
-    return PosteriorShape(
+    return ContinuousShape(
         **in_nats,
         coordinates={name: found[name] for name in OF_COORDINATES},
         effective_rank=found["effective_rank"],

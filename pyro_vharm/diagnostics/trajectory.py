@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import pyro
 from torch import Tensor
@@ -14,7 +15,7 @@ from pyro_vharm.diagnostics.shape import PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import choose_for_shape, measure_shape
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import UnitEstimates
-from pyro_vharm.inference.choice import InferenceMethod, choose_method
+from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
 from pyro_vharm.learning.history import Checkpoint, History
 from pyro_vharm.learning.refit import Refit
 from pyro_vharm.model.data import Data, fingerprint
@@ -33,12 +34,12 @@ class Diagnosis:
     Attributes:
         parameters: θ by name, on the user-facing scale.
         gap: log evidence, ELBO and the ELBO of a refitted guide, in nats.
-        shape: of the true posteriors; ``None`` where all latents are discrete.
+        shape: of the true posteriors.
     """
 
     parameters: Mapping[str, Tensor]
     gap: InferenceGap
-    shape: PosteriorShape | None
+    shape: PosteriorShape
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,8 @@ class DiagnosedHistory:
         rows = [[str(step), *_row(found)] for step, found in self.diagnoses.items()]
         names = ["log evidence", "ELBO", "gap", "± mc", "approx.", "amort.", "non-Gauss.", "dep."]
         line = (
-            f"{len(self.diagnoses)} of {len(self.history)} checkpoints, nats per unit: "
-            "approximation and amortization\n"
-            "gap; of the true posteriors, non-Gaussianity and total correlation"
+            f"{len(self.diagnoses)} of {len(self.history)} checkpoints, nats per unit:"
+            "\napproximation and amortization gap; posteriors' non-Gaussianity and dependence"
         )
         return "\n".join([text_table(["step", *names], rows), line])
 
@@ -75,7 +75,7 @@ class DiagnosedHistory:
 
 
 def _row(found: Diagnosis) -> list[str]:
-    gap, shape = found.gap, found.shape
+    gap, shape = found.gap, found.shape.continuous
     entries = [gap.evidence.per_unit, gap.elbo, gap.gap, gap.approximation, gap.amortization]
     entries += [None, None] if shape is None else [shape.non_gaussianity, shape.total_correlation]
     cells = [_per_unit(entry) for entry in entries]
@@ -158,14 +158,10 @@ def diagnose(
         problem = prepare(
             history.model, history.guide, data, unit_plate=unit_plate, parameters=parameters
         )
-        choice = choose_method(problem.densities, method)
-        shape = choose_for_shape(problem, shape_method) if problem.densities[0].dim else None
-        settings = {
-            "data": fingerprint(list(problem.batches)),
-            "method": str(choice),
-            "refit": str(refit),
-            "shape_method": str(shape),
-            "unit_plate": str(problem.layout.plate),
+        plan = _Plan(
+            choose_method(problem.densities, method), refit, choose_for_shape(problem, shape_method)
+        )
+        settings = plan.settings(problem) | {
             "parameters": str(tuple(parameters)),
             "seed": str(seed),
         }
@@ -178,13 +174,34 @@ def diagnose(
         for checkpoint in bar:
             _hold(problem, checkpoint)
             pyro.set_rng_seed(seed + checkpoint.step)
-            shown = progress and single
-            found[checkpoint.step] = Diagnosis(
-                problem.model_parameters.constrained(),
-                measure_gap(problem, choice, refit, progress=shown),
-                None if shape is None else measure_shape(problem, shape, progress=shown),
-            )
+            found[checkpoint.step] = plan.measure(problem, progress=progress and single)
     return replace(known, diagnoses=dict(sorted(found.items())), settings=settings)
+
+
+class _Plan(NamedTuple):
+    """What is measured at every checkpoint, and how."""
+
+    choice: Choice
+    refit: Refit
+    shape: Choice
+
+    def settings(self, problem: Problem) -> dict[str, str]:
+        """All that decides about the numbers."""
+        return {
+            "data": fingerprint(list(problem.batches)),
+            "method": str(self.choice),
+            "refit": str(self.refit),
+            "shape_method": str(self.shape),
+            "unit_plate": str(problem.layout.plate),
+        }
+
+    def measure(self, problem: Problem, *, progress: bool) -> Diagnosis:
+        """At the parameters that the problem holds now."""
+        return Diagnosis(
+            problem.model_parameters.constrained(),
+            measure_gap(problem, self.choice, self.refit, progress=progress),
+            measure_shape(problem, self.shape, progress=progress),
+        )
 
 
 def _indices(history: History, checkpoints: Sequence[int] | None) -> Sequence[int]:

@@ -163,7 +163,7 @@ def measure_moments(particles: Weighted, blocks: Blocks) -> dict[str, Tensor]:
     * ``mean``, ``sd``, ``skewness``, ``excess_kurtosis``: of each coordinate, ``(…, dim)``.
     """
     dim = particles.standard.shape[-1]
-    share = blocks.num_particles / len(particles.standard)
+    share = (blocks.num_particles / len(particles.standard)).to(particles.weights)
     weight = blocks.combine(torch.stack([particles.weights[one].sum(0) for one in blocks.members]))
     covariance, powers = _central_moments(particles, blocks, weight)
     safe = particles.log_joint.masked_fill(particles.weights == 0, 0.0)

@@ -1,1 +1,1 @@
-"""Learners: refitting a guide per unit, and reference parameters."""
+"""Learners: refitting a guide per unit, reference parameters, and the recorder of a training."""

@@ -116,7 +116,12 @@ class History(Sequence[Checkpoint]):
         """Read the whole checkpoints in a directory, also while another process adds to it.
 
         No code is unpickled, and values are read from disk when they are used.
+
+        Raises:
+            InputError: if there is no such directory.
         """
+        if not Path(path).is_dir():
+            raise InputError(f"path must be a directory of checkpoints, and {path} is none")
         files = sorted(Path(path).glob("step-*.pt"))
         read = (
             torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files

@@ -22,6 +22,8 @@ from pyro_vharm.model.sites import Site
 __all__ = [
     "PARTICLES",
     "FixedSites",
+    "FreedSites",
+    "ParallelSites",
     "PyroFunction",
     "UnconstrainedSites",
     "trace_call",
@@ -90,6 +92,18 @@ class FixedSites(Messenger):  # type: ignore[misc]
         value = self.values.get(msg["name"])
         if value is not None and not msg["is_observed"]:
             msg["value"], msg["done"] = value, True
+
+
+class FreedSites(Messenger):  # type: ignore[misc]
+    """Draw observed sites anew; deterministic ones and factors stay as they are."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.names:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 class ParallelSites(Messenger):  # type: ignore[misc]

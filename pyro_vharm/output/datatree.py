@@ -11,9 +11,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.gap import InferenceGap
 from pyro_vharm.diagnostics.harm import LearningHarm
-from pyro_vharm.diagnostics.shape import IN_NATS, PosteriorShape
+from pyro_vharm.diagnostics.shape import IN_NATS, ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis
 from pyro_vharm.diagnostics.verdict import Audit
 from pyro_vharm.estimates import Estimate, UnitEstimates
@@ -41,7 +42,8 @@ def to_datatree(result: object) -> xr.DataTree:
       ``checkpoint``, whose values are steps; its ``units`` have that coordinate in place of
       ``parameters``, and ``theta`` has the parameters on the user-facing scale.
     * ``shape`` and ``posterior``: of a posterior shape, its measures per ``unit`` and ``latent``,
-      with each one's ``_mc_error``, and unweighted draws on the unconstrained scale.
+      with each one's ``_mc_error``, and unweighted draws on the unconstrained scale;
+      ``discrete_shape``: of discrete latents, with the most probable configurations by ``rank``.
 
     Args:
         result: an `Audit`, `LearningHarm`, `InferenceGap`, `Evidence`, `DiagnosedHistory` or
@@ -131,6 +133,16 @@ def _(result: DiagnosedHistory) -> xr.DataTree:
 
 @to_datatree.register
 def _(result: PosteriorShape) -> xr.DataTree:
+    groups: dict[str, xr.Dataset] = {}
+    if result.continuous is not None:
+        groups |= _continuous_shape(result.continuous)
+    if result.discrete is not None:
+        groups["discrete_shape"] = _discrete_shape(result.discrete)
+    method = "enumeration" if result.continuous is None else result.continuous.method
+    return _tree(groups, {"method": method})
+
+
+def _continuous_shape(result: ContinuousShape) -> dict[str, xr.Dataset]:
     variables: dict[str, tuple[tuple[str, ...], np.ndarray, Mapping[str, str]]] = {}
     for name in IN_NATS:
         units: UnitEstimates = getattr(result, name)
@@ -154,15 +166,29 @@ def _(result: PosteriorShape) -> xr.DataTree:
     coords = {"unit": np.arange(len(modes.counts)), "latent": labels}
     draws = (("chain", "draw", "unit", "latent"), _numpy(result.draws)[None])
     index = {"chain": [0], "draw": np.arange(len(result.draws))}
-    groups = {
+    return {
         "shape": xr.Dataset(variables, coords=coords),
         "posterior": xr.Dataset({"latents": draws}, coords={**coords, **index}),
     }
-    return _tree(groups, {"method": result.method})
+
+
+def _discrete_shape(result: DiscreteShape) -> xr.Dataset:
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray, Mapping[str, str]]] = {}
+    for name in ("entropy", "total_correlation"):
+        units: UnitEstimates = getattr(result, name)
+        variables[name] = (("unit",), _numpy(units.values), _UNITS)
+        variables[f"{name}_mc_error"] = (("unit",), _numpy(units.errors), _UNITS)
+    values, errors = result.probabilities
+    variables["probability"] = (("unit", "rank"), _numpy(values), {})
+    variables["probability_mc_error"] = (("unit", "rank"), _numpy(errors), {})
+    codes = result.configurations.cpu().numpy()
+    variables["configuration"] = (("unit", "rank", "element"), codes, {})
+    labels = np.array(result.labels, dtype=f"U{max(map(len, result.labels))}")
+    return xr.Dataset(variables, coords={"unit": np.arange(len(codes)), "element": labels})
 
 
 def _lines(found: Diagnosis) -> dict[str, UnitEstimates]:
-    gap, shape = found.gap, found.shape
+    gap, shape, discrete = found.gap, found.shape.continuous, found.shape.discrete
     lines = {
         "log_evidence": gap.evidence.per_unit,
         "elbo": gap.elbo,
@@ -171,6 +197,9 @@ def _lines(found: Diagnosis) -> dict[str, UnitEstimates]:
         "amortization_gap": gap.amortization,
         **({} if shape is None else {name: getattr(shape, name) for name in IN_NATS}),
     }
+    if discrete is not None:
+        lines["discrete_entropy"] = discrete.entropy
+        lines["discrete_total_correlation"] = discrete.total_correlation
     return {name: line for name, line in lines.items() if line is not None}
 
 
