@@ -17,6 +17,7 @@ from pyro_vharm.errors import (
     JointUnitWarning,
     LoopedRunsWarning,
     UncompiledWarning,
+    UnresolvedIntegralError,
 )
 from pyro_vharm.estimates import Bound, Estimate, Kind, UnitEstimates
 from pyro_vharm.inference.agreement import Agreement, Confirmation
@@ -52,6 +53,7 @@ from pyro_vharm.learning.refit import Refit
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
+from pyro_vharm.objectives.exact import ExactEvidence
 from pyro_vharm.objectives.gradients import DoublyReparameterized, Pathwise, StickingTheLanding
 from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
 from pyro_vharm.objectives.objective import ObjectiveReport
@@ -74,6 +76,7 @@ __all__ = [
     "Estimate",
     "Evidence",
     "EvidencePair",
+    "ExactEvidence",
     "GuideProposal",
     "HamiltonianKernel",
     "HamiltonianMonteCarlo",
@@ -105,6 +108,7 @@ __all__ = [
     "ThermodynamicLength",
     "UncompiledWarning",
     "UnitEstimates",
+    "UnresolvedIntegralError",
     "Verdict",
     "audit",
     "bdmc",

@@ -1,12 +1,22 @@
-"""What can go wrong: one error for bad input, and warnings of what is worse than it could be."""
+"""What can go wrong: bad input, an unknown integral, and warnings of what could be better."""
 
 from __future__ import annotations
 
-__all__ = ["InputError", "JointUnitWarning", "LoopedRunsWarning", "UncompiledWarning"]
+__all__ = [
+    "InputError",
+    "JointUnitWarning",
+    "LoopedRunsWarning",
+    "UncompiledWarning",
+    "UnresolvedIntegralError",
+]
 
 
 class InputError(ValueError):
     """An argument breaks a constraint; the message names it, what was received and the mend."""
+
+
+class UnresolvedIntegralError(ArithmeticError):
+    """A numerical integral tells nothing where its value is what was asked for."""
 
 
 class JointUnitWarning(UserWarning):
