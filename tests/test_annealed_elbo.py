@@ -111,6 +111,8 @@ def test_without_motion_the_weights_are_importance_weights(num_steps):
     theirs = importance_weighted_bound(densities, 5).per_unit
     torch.testing.assert_close(ours.per_unit.values, theirs.values)
     torch.testing.assert_close(ours.per_unit.mc_errors, theirs.mc_errors)
+    svi = SVI(factor_model, amortised_guide, pyro.optim.Adam({"lr": 0.01}), loss=objective)
+    assert math.isfinite(svi.step(*case.data))
     assert float(ours.loss.detach()) == pytest.approx(-float(theirs.values.sum()))
 
 
