@@ -62,6 +62,7 @@ from pyro_vharm.learning.refit import Refit
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
+from pyro_vharm.objectives.annealed import AnnealedELBO
 from pyro_vharm.objectives.chain_starts import GuideChains, PersistentChains
 from pyro_vharm.objectives.exact import ExactEvidence
 from pyro_vharm.objectives.gradients import DoublyReparameterized, Pathwise, StickingTheLanding
@@ -76,6 +77,7 @@ from pyro_vharm.particles import Particles
 __all__ = [
     "AdaptiveSchedule",
     "Agreement",
+    "AnnealedELBO",
     "AnnealedImportanceSampling",
     "Attempt",
     "Audit",

@@ -73,7 +73,7 @@ class GradientLearner:
     @property
     def name(self) -> str:
         """The objective, in words."""
-        return self.objective.name
+        return self.objective.title
 
     def check(self, problem: Problem) -> None:
         """Refuse a problem that the objective cannot train.

@@ -104,7 +104,7 @@ class ImportanceWeightedELBO(UnitObjective):
         self.gradient = gradient
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         """What it is, for tables."""
         return f"importance weights, K = {self.num_particles}"
 

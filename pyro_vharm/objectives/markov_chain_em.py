@@ -140,7 +140,7 @@ class MarkovChainEM(UnitObjective):
         self.steps_ahead = steps_ahead
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         """What it is, for tables."""
         return f"Markov chain EM, {self.num_particles} × {self.num_transitions}"
 

@@ -100,7 +100,7 @@ class UnitObjective(ELBO, ABC):  # type: ignore[misc]
         self.forget()
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         """What it is, for tables."""
         return type(self).__name__
 
@@ -169,7 +169,8 @@ class UnitObjective(ELBO, ABC):  # type: ignore[misc]
     ) -> float:
         """An estimate of the loss; its gradients are added to the parameters' ``.grad``."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         return float(loss.detach())
 
     def _densities(self, model: PyroFunction, guide: PyroFunction, batch: Batch) -> UnitDensities:
