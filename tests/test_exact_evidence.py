@@ -19,6 +19,7 @@ from pyro_vharm import (
     UnresolvedIntegralError,
 )
 from pyro_vharm.objectives import exact
+from pyro_vharm.particles import heaviest
 from tests.zoo import beta_binomial, linear_gaussian, two_modes
 from tests.zoo.discrete import class_in_guide, gaussian_mixture
 from tests.zoo.sequences import hidden_markov
@@ -110,7 +111,7 @@ def test_nodes_that_weigh_nothing_are_left_out():
         log_weights=torch.tensor([[0.0, -math.inf], [0.0, 1.0], [1.0, -1.0], [-40.0, -math.inf]]),
         kind=Kind.NUMERICAL,
     )
-    nodes, shares = exact._heavy_nodes(run)
+    nodes, shares = heaviest(run)
     assert nodes[:, 0, 0].tolist()[0] == 2.0 and set(nodes[1:, 0, 0].tolist()) == {0.0, 1.0}
     assert nodes[:, 1, 0].tolist() == [1.0, 2.0, 1.0]
     torch.testing.assert_close(shares.sum(0), torch.ones(2))

@@ -41,8 +41,8 @@ class GradientLearner:
     that round is kept.
 
     Args:
-        objective: one of this package's, such as `ImportanceWeightedELBO` or `MarkovChainEM`. It is
-            copied without what it carries from call to call.
+        objective: one of this package's, such as `ImportanceWeightedELBO` or `MarkovChainEM`. Each
+            minibatch has a copy of its own, so that `PersistentChains` need no index.
         num_steps: gradient steps of a round.
         learning_rate: first step size of Adam in a round; it falls along a half cosine to a
             hundredth.
@@ -100,14 +100,16 @@ class GradientLearner:
         return Ending(False, f"log evidence still rose in round {self.max_rounds}")
 
     def _descend(self, run: LearningRun) -> None:
-        problem, objective = run.problem, self.objective.renewed()
+        problem = run.problem
         batches = [part for d in problem.densities for part in cut_units(d, self.batch_size)]
+        objectives = [self.objective.renewed() for _ in batches]  # chains are those of one batch
         order = shuffled_passes(len(batches), self.num_steps)
         theta, phi = problem.model_parameters, problem.guide_parameters
-        leaves = [*theta.trainable(), *phi.trainable(), *objective.leaves(batches[0])]
+        leaves = [*theta.trainable(), *phi.trainable(), *objectives[0].leaves(batches[0])]
 
         def loss(step: int) -> Tensor:
-            terms = objective.evaluate(batches[order[step]])
+            which = order[step]
+            terms = objectives[which].evaluate(batches[which])
             return terms.loss * len(batches)  # unbiased whatever the sizes of the batches
 
         minimise(
@@ -116,7 +118,7 @@ class GradientLearner:
             Schedule(self.num_steps, self.learning_rate),
             description="learning",
             progress=run.progress,
-            keeper=_Keeper(run, objective, self.num_steps),
+            keeper=_Keeper(run, objectives, self.num_steps),
         )
 
 
@@ -125,7 +127,7 @@ class _Keeper:
     """Notes the history, and writes down every so many steps all that going on takes."""
 
     run: LearningRun
-    objective: UnitObjective
+    objectives: Sequence[UnitObjective]
     num_steps: int
     losses: list[float] = field(default_factory=list)
 
@@ -137,7 +139,8 @@ class _Keeper:
         self.run.restore(found["run"])
         for part, state in zip(loop, found["loop"], strict=True):
             part.load_state_dict(state)
-        self.objective.carry(found["carried"])
+        for objective, carried in zip(self.objectives, found["carried"], strict=True):
+            objective.carry(carried)
         self.losses[:] = found["losses"]
         set_random_state(found["random_state"])
         done: int = found["done"]
@@ -149,7 +152,7 @@ class _Keeper:
         self.losses.append(value / self.run.problem.num_units)
         if done % max(self.num_steps // _CHECKPOINTS, 1) == 0:
             mean = sum(self.losses) / len(self.losses)
-            name, sign = ("loss", 1) if self.objective.side == "upper" else ("bound", -1)
+            name, sign = ("loss", 1) if self.objectives[0].side == "upper" else ("bound", -1)
             self.run.note(**{name: sign * mean})
             self.losses.clear()
         if self.run.journal.path is not None and done % _STEPS_PER_FILE == 0:
@@ -157,7 +160,7 @@ class _Keeper:
                 "done": done,
                 "run": self.run.state(),
                 "loop": [part.state_dict() for part in loop],
-                "carried": self.objective.carried(),
+                "carried": [objective.carried() for objective in self.objectives],
                 "losses": list(self.losses),
                 "random_state": random_state(),
             }

@@ -14,6 +14,7 @@ from pyro_vharm.learning.gradient_learner import GradientLearner
 from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.learning_run import Ending, LearningRun, is_higher
 from pyro_vharm.model.problem import Problem
+from pyro_vharm.objectives.chain_starts import PersistentChains
 from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
 from pyro_vharm.objectives.markov_chain_em import MarkovChainEM
 from pyro_vharm.objectives.objective import UnitObjective
@@ -51,7 +52,7 @@ def _stages() -> tuple[Learner, ...]:
     return (
         GradientLearner(ImportanceWeightedELBO(10), max_rounds=2),
         GradientLearner(ImportanceWeightedELBO(50)),
-        GradientLearner(MarkovChainEM(8)),
+        GradientLearner(MarkovChainEM(8, chains=PersistentChains())),
     )
 
 
