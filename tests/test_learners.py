@@ -81,13 +81,15 @@ def test_endings():
     assert found.attempts[1].ending.startswith("converged: ")
     short = learn(vh.ExactLearner(1, guide_training=vh.GuideTraining(0)))
     assert short.attempts[1].ending.startswith("stopped by its budget: ")
-    slow = vh.GradientLearner(vh.ExactEvidence(), 10, 0.05, **OPTIONS)
+    slow = vh.GradientLearner(vh.ImportanceWeightedELBO(30), 30, 0.02, **OPTIONS)
     assert "still rose in round 1" in learn(slow).attempts[1].ending
-    done = vh.GradientLearner(vh.ExactEvidence(), 25, 0.5, **(OPTIONS | {"max_rounds": 3}))
+    rounds = OPTIONS | {"max_rounds": 4}
+    done = vh.GradientLearner(vh.ImportanceWeightedELBO(30), 100, 0.05, **rounds)
     assert "rose no further in round" in learn(done).attempts[1].ending
 
 
 def test_the_history_of_the_best_attempt_can_be_gone_through():
+    model(V), guide(V)
     reference = learn(LEARNERS["importance weights"])
     history = reference.history
     assert history.steps[:3] == (0, 7, 14) and history.steps[-1] == 150 and len(history) == 23
