@@ -13,10 +13,11 @@ import torch
 from torch.distributions import constraints
 
 import pyro_vharm as vh
-from pyro_vharm.learning import gradient_learner
+from pyro_vharm.learning import gradient_learner, starts
 from pyro_vharm.learning.journal import Journal, open_journal
 from pyro_vharm.learning.learners import choose_learner
 from pyro_vharm.learning.quasi_newton import descend
+from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import prepare
 
 V = torch.tensor([3.0, -2.0, 0.5, 2.5, -3.5, 1.0], dtype=torch.float64)
@@ -250,7 +251,7 @@ def test_a_class_without_weight_is_a_saddle_that_a_start_leaves(learner):
     options = {"guide": nothing, "learner": learner, "progress": False}
     reference = vh.learn_reference(mixture, (MIXED,), **options)
     stuck, evened, fresh = reference.attempts[1:]
-    assert "evened" in evened.name and "afresh" in fresh.name
+    assert "off its boundaries" in evened.name and "afresh" in fresh.name
     assert stuck.log_evidence.value < reference.attempts[0].log_evidence.value + 0.05
     assert evened.log_evidence.value > stuck.log_evidence.value + 10
     found = reference.parameters["locations"].sort().values
@@ -259,7 +260,7 @@ def test_a_class_without_weight_is_a_saddle_that_a_start_leaves(learner):
     assert [a.name.split(", ")[-1] for a in only.attempts] == [
         "θ̂ itself",
         "from θ̂",
-        "from θ̂ with its probabilities evened",
+        "from θ̂ off its boundaries",
     ]
 
 
@@ -287,6 +288,33 @@ def test_starts():
     assert len(both.attempts) == 2 and "pass fresh=" in both.notes[0]
     with pytest.raises(vh.InputError, match="pass fresh="):
         vh.learn_reference(held, (V,), start="fresh", **options)
+
+
+def bounded(v):
+    """Parameters with boundaries of every kind."""
+    pyro.param("weights", v.new_tensor([0.2, 0.8 - 1e-6, 1e-6]), constraint=constraints.simplex)
+    pyro.param("chance", v.new_tensor(0.4), constraint=constraints.unit_interval)
+    pyro.param("scales", v.new_tensor([[1.0, 2.0], [3.0, 1e-7]]), constraint=constraints.positive)
+    pyro.param("share", v.new_tensor([1.999, 1.2]), constraint=constraints.interval(1.0, 2.0))
+    pyro.param("location", v.new_tensor(5.0))
+    model(v)
+
+
+def test_a_start_off_the_boundaries_changes_what_is_near_them():
+    theta = prepare(bounded, guide, (V,)).model_parameters
+    moved = starts._off_boundaries(theta)
+    found = Parameters(moved, theta.constraints).constrained()
+    torch.testing.assert_close(
+        found["weights"], torch.tensor([0.2 + 1 / 3, 0.8 + 1 / 3, 1 / 3]) / 2, atol=1e-5, rtol=0
+    )
+    assert float(found["chance"]) == pytest.approx(0.4), "far from its boundaries"
+    torch.testing.assert_close(
+        found["scales"], torch.tensor([[1.0, 2.0], [3.0, 1.0]]), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(found["share"], torch.tensor([1.7495, 1.35]), atol=1e-5, rtol=0)
+    for name, before in (("location", 5.0), ("scale", 0.3)):
+        assert 0 < abs(float(found[name]) - before) < 1, "jittered, to break ties"
+    assert starts._off_boundaries(prepare(model, guide, (V,)).model_parameters) is None
 
 
 class Failing(vh.ExactLearner):

@@ -144,8 +144,8 @@ def learn_reference(
 ) -> Reference:
     """Look for better parameters than the model has now, and leave the model as it is.
 
-    A learner starts at the present parameters θ̂; where a probability lies at its boundary, also
-    with probabilities evened; and afresh where that is possible: from what `fresh` returns, or,
+    A learner starts at the present parameters θ̂; where a probability or a scale lies at a boundary,
+    also off it; and afresh where that is possible: from what `fresh` returns, or,
     where all of the model's parameters are ``pyro.param`` statements, from their initial values.
     The best by log evidence on the training data is the reference, which is θ̂ itself where nothing
     better was found. Then its evidence, and that of θ̂, are bounded by random numbers that chose

@@ -22,7 +22,7 @@ type Fresh = Callable[[], tuple[PyroFunction, PyroFunction]]
 type Starting = Literal["current", "fresh", "both"]
 
 _NEAR = 0.01  # of a probability to its boundary
-_SHARE = 0.5  # of the present values, in a start that leaves the boundary
+_NEGLIGIBLE = 1e-3  # of a positive element beside the others of its tensor
 _JITTER = 0.1
 
 
@@ -48,8 +48,8 @@ def find_starts(
 ) -> tuple[list[Start], list[str]]:
     """The starts that were asked for, and notes on what could not be had.
 
-    A model that gave a class no weight has no score that would give it some: such a boundary is
-    left by a start of its own, with probabilities halfway to even.
+    A model that gave a class no weight has no score that would give it some, nor one whose scale
+    went to 0: such boundaries are left by a start of their own.
 
     Raises:
         InputError: if a fresh start was asked for and cannot be had, or `fresh` returned the
@@ -60,9 +60,9 @@ def find_starts(
     starts, notes = [], []
     if starting != "fresh":
         starts.append(Start("from θ̂", problem))
-        evened = _even_out(problem.model_parameters)
-        if evened is not None:
-            starts.append(Start("from θ̂ with its probabilities evened", problem, evened))
+        moved = _off_boundaries(problem.model_parameters)
+        if moved is not None:
+            starts.append(Start("from θ̂ off its boundaries", problem, moved))
     if starting != "current":
         found = _start_afresh(problem, fresh)
         if isinstance(found, Start):
@@ -74,22 +74,44 @@ def find_starts(
     return starts, notes
 
 
-def _even_out(parameters: Parameters) -> dict[str, Tensor] | None:
-    """Values with probabilities halfway to even, others jittered; ``None`` if none is near 0."""
+def _off_boundaries(parameters: Parameters) -> dict[str, Tensor] | None:
+    """Unconstrained values that are away from boundaries; ``None`` if none is near one.
+
+    Probabilities go halfway to even, positive elements that are next to nothing beside the others
+    of their tensor to the median of those; what is left is jittered, to break ties.
+    """
     values, user_facing = parameters.values(), parameters.constrained()
-    evened, near = {}, False
+    moved, near = {}, False
     for name, value in user_facing.items():
         constraint = parameters.constraints[name]
-        if constraint is constraints.simplex:
-            even = torch.full_like(value, 1 / value.shape[-1])
-        elif constraint is constraints.unit_interval:
-            even = torch.full_like(value, 0.5)
-        else:
-            evened[name] = values[name] + _JITTER * torch.randn_like(values[name])
+        inside = _inside(constraint, value)
+        if inside is None:
+            moved[name] = values[name] + _JITTER * torch.randn_like(values[name])
             continue
-        near |= bool((torch.minimum(value, 1 - value) < _NEAR).any())
-        evened[name] = transform_to(constraint).inv(_SHARE * value + (1 - _SHARE) * even)
-    return evened if near else None
+        near |= not torch.equal(inside, value)
+        moved[name] = transform_to(constraint).inv(inside)
+    return moved if near else None
+
+
+def _inside(constraint: Any, value: Tensor) -> Tensor | None:
+    """A value away from the boundary, the same value if it is not near; ``None`` without one."""
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    if isinstance(constraint, type(constraints.simplex)):
+        return _halfway(value, torch.full_like(value, 1 / value.shape[-1]))
+    if isinstance(constraint, type(constraints.unit_interval)):
+        low, high = (torch.as_tensor(x) for x in (constraint.lower_bound, constraint.upper_bound))
+        share = (value - low) / (high - low)
+        return low + (high - low) * _halfway(share, torch.full_like(share, 0.5))
+    if isinstance(constraint, type(constraints.positive)) and value.numel() > 1:
+        above = value - torch.as_tensor(constraint.lower_bound)
+        return value + torch.where(above < _NEGLIGIBLE * above.median(), above.median(), 0.0)
+    return None
+
+
+def _halfway(share: Tensor, even: Tensor) -> Tensor:
+    near = bool((torch.minimum(share, 1 - share) < _NEAR).any())
+    return (share + even) / 2 if near else share
 
 
 def _start_afresh(problem: Problem, fresh: Fresh | None) -> Start | str:
