@@ -13,6 +13,7 @@ from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
 from pyro_vharm.diagnostics.harm import LearningHarm, learning_harm
 from pyro_vharm.diagnostics.modes import Modes
+from pyro_vharm.diagnostics.self_fulfilment import GapParts, SelfFulfilment, self_fulfilment
 from pyro_vharm.diagnostics.shape import ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import posterior_shape
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis, diagnose
@@ -99,6 +100,7 @@ __all__ = [
     "ExactEvidence",
     "ExactLearner",
     "ExpectationMaximization",
+    "GapParts",
     "GradientLearner",
     "GuideChains",
     "GuideProposal",
@@ -132,6 +134,7 @@ __all__ = [
     "Reference",
     "Refit",
     "Sandwich",
+    "SelfFulfilment",
     "SequentialMonteCarlo",
     "SigmoidSchedule",
     "Simulation",
@@ -154,6 +157,7 @@ __all__ = [
     "log_evidence",
     "plot_ledger",
     "posterior_shape",
+    "self_fulfilment",
     "simulate",
     "to_datatree",
 ]
