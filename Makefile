@@ -32,9 +32,9 @@ docs: $(READY)
 	$(RUN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 examples: $(READY)
-	$(RUN)/python examples/digits_vae.py --epochs 20 --reference-steps 50 --out out/ci
-	$(RUN)/python examples/two_causes.py --steps 100 --out out/ci
-	$(RUN)/python examples/nile.py --steps 200 --temperatures 3 --out out/ci
+	$(RUN)/python examples/digits_vae.py --images 100 --epochs 20 --reference-steps 50 --out out/ci
+	$(RUN)/python examples/two_causes.py --units 60 --steps 100 --out out/ci
+	$(RUN)/python examples/nile.py --steps 200 --guide-steps 100 --temperatures 3 --out out/ci
 
 $(READY): pyproject.toml .ci/find_python
 	PYTHON="$$(sh .ci/find_python)" && "$$PYTHON" -m venv --clear $(VENV)

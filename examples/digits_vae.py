@@ -79,11 +79,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=600, help="passes of SVI over the images")
     parser.add_argument("--reference-steps", type=int, default=3000, help="steps of the reference")
+    parser.add_argument("--images", type=int, default=NUM_TRAIN, help="most to train and test on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
 
-    train_images, heldout_images = load_images()
+    train_images, heldout_images = (part[: options.images] for part in load_images())
     pyro.clear_param_store()
     pyro.set_rng_seed(options.seed)
     model, guide = make_vae()

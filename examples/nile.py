@@ -56,6 +56,7 @@ def main() -> None:
     """Train by SVI, audit against exact maximum likelihood, and compare with the Kalman filter."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4000, help="steps of SVI")
+    parser.add_argument("--guide-steps", type=int, default=1500, help="of retraining the guide")
     parser.add_argument("--temperatures", type=int, default=20, help="of annealed sampling")
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
@@ -76,7 +77,9 @@ def main() -> None:
         guide,
         (flow,),
         reference=dict(zip(names, reference, strict=True)),
-        learner=vh.ExactLearner(guide_training=vh.GuideTraining(1500, learning_rate=0.02)),
+        learner=vh.GradientLearner(
+            guide_training=vh.GuideTraining(options.guide_steps, learning_rate=0.02)
+        ),
         method=vh.AnnealedImportanceSampling(
             num_particles=64,
             num_steps=options.temperatures,

@@ -26,7 +26,7 @@ from torch.distributions import constraints
 
 import pyro_vharm as vh
 
-NUM_UNITS, TRUE_A = 500, 1.5
+TRUE_A = 1.5
 
 
 def causes_and_effect(weights: Tensor, effects: Tensor) -> None:
@@ -117,12 +117,13 @@ def main() -> None:
     """Train both models, audit them, and compare with the closed forms."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000, help="steps of SVI and of the reference")
+    parser.add_argument("--units", type=int, default=500, help="how many effects are observed")
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
     pyro.set_rng_seed(1)
-    effects = torch.randn(NUM_UNITS, dtype=torch.float64) * math.sqrt(1 + 2 * TRUE_A**2)
+    effects = torch.randn(options.units, dtype=torch.float64) * math.sqrt(1 + 2 * TRUE_A**2)
     learner = vh.GradientLearner(
         vh.ImportanceWeightedELBO(64), num_steps=options.steps, learning_rate=0.01
     )

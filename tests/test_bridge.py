@@ -1,7 +1,5 @@
 """Bridge sampling: exact cases, its standard error, wrong twins, and mass that chains miss."""
 
-import dataclasses
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,7 +14,7 @@ from tests.zoo import linear_gaussian, linear_gaussian_posterior
 from tests.zoo.hard import correlated, eight_schools, far_modes, funnel
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_vharm.JointUnitWarning")
-BRIDGE = vh.BridgeSampling(vh.HamiltonianMonteCarlo(num_draws=150, num_warmup=200))
+BRIDGE = vh.BridgeSampling(vh.HamiltonianMonteCarlo(num_draws=100, num_warmup=100))
 
 
 def evidence_of(case, method=BRIDGE, **options):
@@ -70,10 +68,10 @@ def gaussian_ratios(num_units, shift=0.4, wide=1.3):
 
 
 def test_the_standard_error_is_the_spread_over_repetitions():
-    found = build_bridge(*gaussian_ratios(3000))
+    found = build_bridge(*gaussian_ratios(1000))
     assert_mean(found.log_evidence, 2.0)
     assert float(found.log_evidence.std()) == pytest.approx(float(found.error.mean()), rel=0.15)
-    posterior, drawn = gaussian_ratios(3000)
+    posterior, drawn = gaussian_ratios(1000)
     assert rejects(build_bridge(posterior + 0.05, drawn + 0.05).log_evidence, 2.0)
     assert rejects(build_bridge(posterior, drawn[:400] + 0.1).log_evidence, 2.0)
 
@@ -116,6 +114,7 @@ def test_what_bridge_sampling_refuses():
     ]:
         with pytest.raises(vh.InputError, match=message):
             vh.BridgeSampling(**options)
-    short = dataclasses.replace(BRIDGE, max_iterations=1, num_proposals=100)
+    draws = vh.HamiltonianMonteCarlo(num_draws=16, num_warmup=20)
+    short = vh.BridgeSampling(draws, max_iterations=1, num_proposals=100)
     evidence = evidence_of(linear_gaussian(), short, confirmation=None)
     assert evidence.standing == "doubtful", "no root, no finite error"

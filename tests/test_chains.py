@@ -13,7 +13,7 @@ from tests.statistics import Z
 from tests.zoo import linear_gaussian, linear_gaussian_posterior, normal_model, two_modes
 from tests.zoo.hard import far_modes
 
-CHAINS = vh.HamiltonianMonteCarlo(num_draws=150, num_warmup=200)
+CHAINS = vh.HamiltonianMonteCarlo(num_draws=100, num_warmup=100)
 
 
 def densities_of(case):
@@ -52,7 +52,7 @@ def test_draws_are_the_posteriors():
     case = linear_gaussian(num_units=12)
     run = CHAINS.run(densities_of(case))
     posterior = linear_gaussian_posterior(case.data[0])
-    assert run.unconstrained.shape == (8 * 150, 12, 2) and run.group_size == 150
+    assert run.unconstrained.shape == (8 * 100, 12, 2) and run.group_size == 100
     assert float(run.rhat.max()) < 1.05 and float(run.chain_sizes.min()) > 200
     deviation = posterior.scale_tril.square().sum(-1).sqrt()
     error = deviation / run.chain_sizes.sqrt()[:, None]
@@ -64,9 +64,10 @@ def test_draws_are_the_posteriors():
 
 
 def test_chains_that_do_not_mix_say_so():
-    run = CHAINS.run(densities_of(far_modes(2, apart=16.0, share=0.5)))
+    short = vh.HamiltonianMonteCarlo(num_draws=60, num_warmup=60)
+    run = short.run(densities_of(far_modes(2, apart=16.0, share=0.5)))
     assert float(run.rhat.max()) > 1.05
-    separate = CHAINS.run(densities_of(two_modes()))
+    separate = short.run(densities_of(two_modes()))
     assert float(separate.rhat.max()) > 1.05
 
 
@@ -79,7 +80,7 @@ def test_chains_that_stand_still_have_no_draws():
 def test_units_in_blocks_go_back_where_they_belong(monkeypatch):
     monkeypatch.setattr("pyro_vharm.inference.chains._ROWS_AT_ONCE", 8 * 5)
     v = torch.linspace(-6, 6, 12)
-    run = vh.HamiltonianMonteCarlo(num_draws=60, num_warmup=60).run(
+    run = vh.HamiltonianMonteCarlo(num_draws=30, num_warmup=30).run(
         prepare(normal_model, None, (v,)).densities[0]
     )
     assert float((run.unconstrained.mean(0)[:, 0] - v / 2).abs().max()) < 0.5

@@ -114,15 +114,15 @@ def test_gradients_for_autoguides_are_those_of_pyros_elbo(make_guide):
         return torch.cat([g.reshape(-1) for g in filled])
 
     def ours():
-        bound = importance_weighted_bound(problem.densities[0], 1, 20)
+        bound = importance_weighted_bound(problem.densities[0], 1, 100)
         return flat(-bound.loss)
 
-    pyros = Trace_ELBO(num_particles=20)
+    pyros = Trace_ELBO(num_particles=10)
     mine = torch.stack([ours() for _ in range(60)])
     theirs = torch.stack(
-        [flat(-pyros.differentiable_loss(case.model, guide, *case.data)) for _ in range(60)]
+        [flat(-pyros.differentiable_loss(case.model, guide, *case.data)) for _ in range(40)]
     )
-    error = torch.hypot(mine.std(0), theirs.std(0)) / 60**0.5 + 1e-9
+    error = torch.hypot(mine.std(0) / 60**0.5, theirs.std(0) / 40**0.5) + 1e-9
     assert float(((mine.mean(0) - theirs.mean(0)).abs() / error).max()) < Z
 
 
@@ -177,7 +177,7 @@ def test_point_masses_have_harm_and_no_gap(make_guide):
         vh.learn_reference(model, (v,), guide=guide, progress=False)
     density = AutoNormal(model)
     density(v)
-    learner = importance_weighted(num_steps=20)
+    learner = importance_weighted(num_steps=20, guide_steps=5)
     reference = vh.learn_reference(model, (v,), guide=density, learner=learner, progress=False)
     again = vh.learning_harm(model, guide, (v,), reference=reference, refit=QUICK, progress=False)
     assert again.harm.value >= -1e-6

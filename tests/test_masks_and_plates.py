@@ -58,11 +58,10 @@ def test_masks_on_the_distributions_of_a_ragged_chain(masked):
                 pyro.sample(f"x_{t}", masked(fn, present))
 
     exact = torch.stack([chain_evidence(v, n) for v, n in zip(STEPS, LENGTHS, strict=True)])
-    method = vh.AnnealedImportanceSampling(num_particles=64, num_steps=20)
+    options = {"confirmation": None, "progress": False}
+    options["method"] = vh.AnnealedImportanceSampling(num_particles=64, num_steps=5)
     for with_guide in (None, guide):
-        evidence = vh.log_evidence(
-            model, (STEPS, LENGTHS), guide=with_guide, method=method, progress=False
-        )
+        evidence = vh.log_evidence(model, (STEPS, LENGTHS), guide=with_guide, **options)
         units = evidence.per_unit
         assert bool(((units.values - exact).abs() < Z * units.errors + 0.02).all())
     problem = prepare(model, guide, (STEPS, LENGTHS))
@@ -155,11 +154,12 @@ def test_objectives_run_guide_and_model_on_the_same_units():
     v = torch.linspace(-3, 3, 8)
     exact = float(dist.Normal(0.0, 2.25**0.5).log_prob(v).sum())
     means, errors = [], []
-    for count in (1, 20):
+    for count, repetitions in ((1, 400), (20, 80)):
         loss = vh.ImportanceWeightedELBO(num_particles=count)
-        draws = torch.tensor([-loss.loss(subsampled, looped_guide, v) for _ in range(400)])
+        losses = [loss.loss(subsampled, looped_guide, v) for _ in range(repetitions)]
+        draws = -torch.tensor(losses)
         means.append(float(draws.mean()))
-        errors.append(float(draws.std()) / 400**0.5)
+        errors.append(float(draws.std()) / repetitions**0.5)
     assert means[1] < exact + Z * errors[1]
     assert means[1] > means[0] - Z * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
     assert means[1] > exact - Z * errors[1] - 0.3

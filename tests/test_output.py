@@ -1,5 +1,6 @@
 """DataTrees and figures: what is in them is what was found, and storage loses nothing."""
 
+import functools
 import math
 
 import numpy as np
@@ -18,6 +19,11 @@ METHOD = vh.AnnealedImportanceSampling(num_particles=4, num_steps=2, kernel=vh.H
 
 @pytest.fixture
 def audit():
+    return made_audit()
+
+
+@functools.cache
+def made_audit():
     set_tied(1.1)
     v = torch.randn(20) * 2
     return vh.audit(

@@ -178,7 +178,7 @@ def test_a_reference_moves_declared_parameters_too():
     v = torch.tensor([2.0, 3.0, 4.5, 3.5])
     guide = level_guide(v)
     options = {"parameters": ["level"], "progress": False}
-    learner = importance_weighted(num_steps=150, learning_rate=0.05)
+    learner = importance_weighted(num_steps=150, learning_rate=0.05, guide_steps=5)
     reference = vh.learn_reference(leveled, (v,), guide=guide, learner=learner, **options)
     harm = vh.learning_harm(leveled, guide, (v,), reference=reference, refit=QUICK, **options)
     (level,) = (value for name, value in reference.parameters.items() if "level" in name)

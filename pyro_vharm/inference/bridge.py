@@ -98,7 +98,8 @@ class BridgeSampling:
     ...         h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
     ...         pyro.sample("x", dist.Normal(h.sum(-1), 1.0), obs=x)
     >>> x = torch.tensor([0.5, -3.0])
-    >>> evidence = log_evidence(model, (x,), method=BridgeSampling(), progress=False)
+    >>> method = BridgeSampling(HamiltonianMonteCarlo(num_draws=100, num_warmup=100))
+    >>> evidence = log_evidence(model, (x,), method=method, confirmation=None, progress=False)
     >>> exact = dist.Normal(0.0, 6**0.5).log_prob(x)
     >>> bool(((evidence.per_unit.values - exact).abs() < 0.2).all())
     True

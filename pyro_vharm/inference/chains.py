@@ -146,7 +146,7 @@ class HamiltonianMonteCarlo:
     ...         h = pyro.sample("h", dist.Normal(0.0, 1.0))
     ...         pyro.sample("x", dist.Normal(h, 1.0), obs=x)
     >>> (densities,) = prepare(model, None, (torch.tensor([4.0, -1.0]),)).densities
-    >>> draws = HamiltonianMonteCarlo().run(densities)
+    >>> draws = HamiltonianMonteCarlo(num_draws=100, num_warmup=100).run(densities)
     >>> bool((draws.unconstrained.mean(0).squeeze() - torch.tensor([2.0, -0.5])).abs().max() < 0.2)
     True
     """

@@ -112,7 +112,7 @@ def logistic_regression(num_observed=30):
             logits = (w.unsqueeze(-2) * x).sum(-1)
             pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
 
-    line = torch.linspace(-8, 8, 321)
+    line = torch.linspace(-8, 8, 161)
     grid = torch.cartesian_prod(line, line)
     logits = grid @ x.T
     likelihood = (logits * y - torch.nn.functional.softplus(logits)).sum(-1)
