@@ -12,15 +12,13 @@ matplotlib.use("Agg")
 
 @pytest.fixture(autouse=True)
 def clean_state():
-    """Double precision, an empty param store, fixed random numbers and validation for each test."""
+    """Double precision, fixed random numbers and validation for each test."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
     pyro.set_rng_seed(SEED)
     pyro.enable_validation(True)
     yield
     torch.set_default_dtype(before)
-    pyro.clear_param_store()
 
 
 @pytest.fixture(autouse=True)

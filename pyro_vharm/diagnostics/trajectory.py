@@ -127,7 +127,7 @@ def diagnose(
             that they have; an index is out of range; or data and settings are others than those
             of what is kept.
 
-    >>> import pyro, pyro.distributions as dist
+    >>> import pyro, torch, pyro.distributions as dist
     >>> from pyro_vharm import Recorder
     >>> def model(x):
     ...     loc = pyro.param("loc", torch.tensor(0.0))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_vharm.estimates import Estimate, Kind
@@ -23,6 +24,7 @@ from pyro_vharm.model.problem import Problem
 __all__ = ["Ending", "LearningRun", "Values", "is_higher", "quick_choice", "watch"]
 
 _LEAST_GAIN = 0.05
+_PROBED_BATCHES = 20
 _PROBED_UNITS, _MANY_DIMS, _FEW_DIMS = 200, 10, 2
 _WATCHING = 8  # particles
 
@@ -143,9 +145,17 @@ class LearningRun:
 
 
 def _probe(problem: Problem) -> Problem:
-    """A few hundred of the units, if they can be had apart, with the same live parameters."""
-    part = cut_units(problem.densities[0], _PROBED_UNITS)[0]
-    return replace(problem, batches=[part.batch], densities=[part])
+    """A few hundred of the units, if they can be had apart, with the same live parameters.
+
+    From up to twenty batches, picked at random, the same share of each.
+    """
+    if problem.num_units <= _PROBED_UNITS:
+        return problem
+    order = torch.randperm(len(problem.densities))[:_PROBED_BATCHES].tolist()
+    chosen = [problem.densities[i] for i in order]
+    share = _PROBED_UNITS / sum(part.num_units for part in chosen)
+    parts = [cut_units(part, max(round(share * part.num_units), 1))[0] for part in chosen]
+    return replace(problem, batches=[part.batch for part in parts], densities=parts)
 
 
 def watch(problem: Problem, journal: Journal, name: str) -> Estimate:
