@@ -17,7 +17,7 @@ from pyro_vharm.particles import Particles
 __all__ = ["Choice", "InferenceMethod", "choose_method"]
 
 _FEWEST_STEPS = 5
-_MOST_DIMS = 2
+_MOST_DIMS = 3
 _LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 16, 128, 2**15
 
 
