@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind
-from pyro_vharm.inference.coordinates import log_joint
-from pyro_vharm.inference.region import COARSE, Region, find_region
+from pyro_vharm.inference.region import COARSE, FARTHEST, Region, find_region
 from pyro_vharm.inference.start import StartDensity, match_start
+from pyro_vharm.inference.tensor_grid import TensorGrid, evaluate, even_lines
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import unit_blocks, unit_selector
 from pyro_vharm.particles import Particles, join_units
@@ -24,39 +24,17 @@ from pyro_vharm.particles import Particles, join_units
 __all__ = ["MOST_DIMENSIONS", "Quadrature"]
 
 MOST_DIMENSIONS = max(COARSE)
-_FIRST = 25  # nodes per dimension
+_FIRST = 31  # nodes per dimension
 _OPEN = 15.0  # a face within so many nats of the maximum leaves mass outside that nobody saw
 _UNSEEN = 1.0  # nats by which a peak that was climbed may stick out of the nodes around it
 _RELEVANT = 10.0  # nats below the maximum down to which peaks are looked at
 _UNRESOLVED = 1e-3  # nats by which two rules may differ before they prove nothing
+_CAUTION = 4.0
+_WALL = 1e-7  # neighbouring nodes may differ by this factor before there is a wall between
 _NEGLIGIBLE = 1e-12
 _ROWS_AT_ONCE = 2**22
 _MOST_ROWS = 2**26
 _MOST_KEPT, _LEAST_KEPT = 2**23, 2**10
-
-
-class _Grid(NamedTuple):
-    """Some units on a tensor grid of as many nodes for each.
-
-    Attributes:
-        units: their indices.
-        lines: the coordinates of the nodes along each axis, ``(node, unit)``.
-        values: log density at the nodes, ``(*nodes, unit)``.
-    """
-
-    units: Tensor
-    lines: tuple[Tensor, ...]
-    values: Tensor
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Nodes along each axis."""
-        return tuple(self.values.shape[:-1])
-
-    def select(self, some: Tensor) -> _Grid:
-        """The grid of some of its units."""
-        lines = tuple(line[:, some] for line in self.lines)
-        return _Grid(self.units[some], lines, self.values[..., some])
 
 
 class _Rule(NamedTuple):
@@ -65,13 +43,15 @@ class _Rule(NamedTuple):
     Attributes:
         log_evidence: shape ``(unit,)``.
         log_cell: log volume of a cell, ``(unit,)``.
-        changes: nats by which twice the spacing along each axis changes it, ``(axis, unit)``.
+        changes: error by the spacing along each axis, in nats, ``(axis, unit)``.
+        outside: what mass beyond each face could add, in nats, ``(2 axis, unit)``.
         missed: whether a peak that was climbed sticks out of the nodes around it, ``(unit,)``.
     """
 
     log_evidence: Tensor
     log_cell: Tensor
     changes: Tensor
+    outside: Tensor
     missed: Tensor
 
 
@@ -83,7 +63,7 @@ class Quadrature:
     power of the spacing ("The Exponentially Convergent Trapezoidal Rule", Trefethen, Weideman,
     2014). The coordinates are whitened by the posterior's own width and tilt, and draw in tails by
     sinh, so that algebraic ones vanish too; see `SinhCoordinates`. The box starts around draws of
-    guide and prior and the peaks that climbs from them reach, grows while a face lies within 25
+    guide and prior and the peaks that climbs from them reach, grows while a face lies within 20
     nats of the maximum, and shrinks to what holds density, so that a second mode under the prior
     is kept; see `find_region`.
 
@@ -160,107 +140,145 @@ class Quadrature:
         select: Callable[[Tensor], UnitDensities] | None,
         report: Callable[[int], object],
     ) -> list[tuple[Tensor, Particles]]:
-        """Halve the spacing along the axis that needs it most, of the units that need it."""
+        """Widen or halve along the axis that needs it most, of the units that need it."""
         pending, done = [_first_grid(densities, region)], []
         while pending:
             grid = pending.pop()
             rule = _apply(grid, region)
-            ends = self._has_converged(grid, rule)
-            affordable = self.max_nodes // 2 >= math.prod(grid.counts)
-            if not affordable or 2 * grid.values.numel() > _MOST_ROWS:
-                ends = torch.ones_like(ends)
-            if select is None:
-                ends = ends.all().expand_as(ends)
+            move, ends = self._next_move(grid, rule)
+            if select is None and not bool(ends.all()):
+                move, ends = move[~ends].mode().values.expand_as(move), torch.zeros_like(ends)
+            ends = ends | self._is_spent(grid)
             if bool(ends.any()):
                 some = ends.nonzero().flatten()
                 done.append(_finish(grid, rule, region, some, densities.num_units))
                 report(len(some))
-            worst = _axis_in_need(grid, rule)
-            if select is None and not bool(ends.all()):
-                worst = torch.full_like(worst, int(worst[~self._has_converged(grid, rule)].mode()[0]))
-            for axis in range(len(grid.counts)):
-                some = (~ends & (worst == axis)).nonzero().flatten()
-                if len(some):
-                    pending.append(_halve(densities, select, grid.select(some), axis, region))
+            for kind in move[~ends].unique().tolist():
+                some = ((move == kind) & ~ends).nonzero().flatten()
+                pending.append(_refined(densities, select, grid.select(some), kind, region))
         return done
 
-    def _has_converged(self, grid: _Grid, rule: _Rule) -> Tensor:
-        tolerance = _rounding(grid.values).clamp(min=self.tolerance)
-        return (rule.changes.sum(0) < tolerance) & ~rule.missed
+    def _next_move(self, grid: TensorGrid, rule: _Rule) -> tuple[Tensor, Tensor]:
+        """What each unit needs most, and which need nothing.
+
+        Moves are the axes to halve, then the faces to push out, two for each axis.
+        """
+        tolerance = _rounding(grid).clamp(min=self.tolerance)
+        ends = torch.stack([line[i].abs() for line in grid.lines for i in (0, -1)])
+        open_by = rule.outside.masked_fill(ends >= FARTHEST, 0.0)
+        widens = open_by.amax(0) > 0.1 * tolerance / len(open_by)
+        dim = len(grid.counts)
+        small = 1e-9 / torch.tensor(grid.counts, device=tolerance.device)[:, None]
+        axis = (rule.changes.nan_to_num(nan=0.0) + small).argmax(0)
+        move = torch.where(widens, dim + open_by.argmax(0), axis)
+        return move, ~widens & (rule.changes.sum(0) < tolerance) & ~rule.missed
+
+    def _is_spent(self, grid: TensorGrid) -> bool:
+        return 2 * math.prod(grid.counts) > self.max_nodes or 2 * grid.values.numel() > _MOST_ROWS
 
 
-def _first_grid(densities: UnitDensities, region: Region) -> _Grid:
-    line = torch.linspace(0, 1, _FIRST, dtype=densities.dtype, device=densities.device)[:, None]
-    ends = zip(region.box.low.T, region.box.high.T, strict=True)
-    lines = tuple(low + (high - low) * line for low, high in ends)
+def _first_grid(densities: UnitDensities, region: Region) -> TensorGrid:
+    lines = even_lines(*region.box, _FIRST)
     units = torch.arange(densities.num_units, device=densities.device)
-    return _Grid(units, lines, _evaluate(densities, region, lines))
+    return TensorGrid(units, lines, evaluate(densities, region.coordinates, lines))
 
 
-def _halve(
+def _refined(
     densities: UnitDensities,
     select: Callable[[Tensor], UnitDensities] | None,
-    grid: _Grid,
-    axis: int,
+    grid: TensorGrid,
+    move: int,
     region: Region,
-) -> _Grid:
-    """Add the midpoints along one axis."""
-    units, line = grid.units, grid.lines[axis]
-    part = select(units) if select is not None and len(units) < densities.num_units else densities
-    between = 0.5 * (line[1:] + line[:-1])
-    new = _evaluate(part, region.select(units), _with(grid.lines, axis, between))
-    values = torch.cat([grid.values, new], axis)
-    order = torch.cat([torch.arange(len(line)), torch.arange(len(between)) + 0.5]).argsort()
-    order = order.to(line.device)
-    line = torch.cat([line, between])[order]
-    return _Grid(units, _with(grid.lines, axis, line), values.index_select(axis, order))
+) -> TensorGrid:
+    """Add the midpoints along one axis, or nodes beyond one face."""
+    dim, units = len(grid.counts), grid.units
+    axis = move if move < dim else (move - dim) // 2
+    line = grid.lines[axis]
+    if move < dim:
+        new = 0.5 * (line[1:] + line[:-1])
+    else:
+        beyond = torch.arange(1, len(line) // 4 + 1, dtype=line.dtype, device=line.device)[:, None]
+        step = line[1] - line[0]
+        new = line[-1] + step * beyond if (move - dim) % 2 else line[0] - step * beyond
+    part = densities if select is None or len(units) == densities.num_units else select(units)
+    added = evaluate(part, region.coordinates.select(units), _with(grid.lines, axis, new))
+    line = torch.cat([line, new])
+    order = line[:, 0].argsort()
+    values = torch.cat([grid.values, added], axis).index_select(axis, order)
+    return TensorGrid(units, _with(grid.lines, axis, line[order]), values)
 
 
 def _with(lines: tuple[Tensor, ...], axis: int, line: Tensor) -> tuple[Tensor, ...]:
     return (*lines[:axis], line, *lines[axis + 1 :])
 
 
-def _evaluate(densities: UnitDensities, region: Region, lines: Sequence[Tensor]) -> Tensor:
-    """Log density at the nodes of a tensor grid, ``(*nodes, unit)``, in passes."""
-    counts, num_units = [len(line) for line in lines], densities.num_units
-    every = torch.arange(math.prod(counts), device=densities.device)
-    values = []
-    for index in every.split(max(_ROWS_AT_ONCE // num_units, 1)):
-        at = _nodes(lines, index)
-        values.append(
-            log_joint(densities, region.coordinates.latents(at)) + region.coordinates.log_abs_det(at)
-        )
-    return torch.cat(values).reshape(*counts, num_units)
-
-
-def _nodes(lines: Sequence[Tensor], index: Tensor) -> Tensor:
-    """The nodes of a tensor grid with these flat indices, ``(node, unit, dim)``."""
-    along = torch.unravel_index(index, tuple(len(line) for line in lines))
-    return torch.stack([line[i] for line, i in zip(lines, along, strict=True)], -1)
-
-
-def _apply(grid: _Grid, region: Region) -> _Rule:
-    """The rule, and how it changes with twice the spacing along each axis."""
-    log_steps = torch.stack([(line[1] - line[0]).log() for line in grid.lines])
-    highest = grid.values.flatten(0, -2).amax(0)
+def _apply(grid: TensorGrid, region: Region) -> _Rule:
+    """The rule, how it changes with the spacing along each axis, and what may lie outside."""
+    highest = grid.highest
     heights = (grid.values - highest).exp()
-    axes = tuple(range(len(grid.counts)))
-    total = heights.sum(axes)
-    halves = [heights.index_select(a, torch.arange(0, n, 2)).sum(axes) for a, n in enumerate(grid.counts)]
-    changes = torch.stack([(2 * half / total).log().abs() for half in halves])
-    log_cell = log_steps.sum(0)
-    missed = _misses_a_peak(grid, region.select(grid.units), highest)
-    return _Rule(highest + total.log() + log_cell, log_cell, changes, missed)
+    axes = range(len(grid.counts))
+    marginals = [
+        heights.sum(others) if (others := [b for b in axes if b != a]) else heights for a in axes
+    ]
+    total = marginals[0].sum(0)
+    outside = [
+        _beyond(grid, axis, end, marginal[end] / total, highest)
+        for axis, marginal in enumerate(marginals)
+        for end in (0, -1)
+    ]
+    log_cell = grid.steps.log().sum(-1)
+    return _Rule(
+        log_evidence=highest + total.log() + log_cell,
+        log_cell=log_cell,
+        changes=torch.stack([_change(marginal / total) for marginal in marginals]),
+        outside=torch.stack(outside),
+        missed=_misses_a_peak(grid, region.select(grid.units), highest),
+    )
 
 
-def _misses_a_peak(grid: _Grid, region: Region, highest: Tensor) -> Tensor:
+def _change(shares: Tensor) -> Tensor:
+    """Error of a rule from how far rules of more than its spacing are off.
+
+    The change to twice the spacing bounds the error of a smooth density by far, and may be small
+    by chance for one with a kink or a jump. There errors fall by a constant factor with each
+    halving; so, at least what the largest errors of all rules of three and six times the spacing
+    then let expect, (3 / 6)^log₂3 being 1 / 3. A wall between two nodes may lie at either.
+
+    Args:
+        shares: of the nodes along one axis in the total, shape ``(node, unit)``.
+    """
+    twice, thrice, sixfold = (
+        torch.stack([(by * shares[i::by].sum(0)).log().abs() for i in range(by)]).amax(0)
+        for by in (2, 3, 6)
+    )
+    thrice, sixfold = thrice.clamp(max=1.0), sixfold.clamp(min=1e-30, max=1.0)
+    expected = _CAUTION * thrice * (thrice / sixfold) ** math.log2(3)
+    low, high = (pick(shares[1:], shares[:-1]) for pick in (torch.minimum, torch.maximum))
+    walls = torch.where(low < _WALL * high, high, 0.0).sum(0)
+    return torch.maximum(twice, expected) + walls
+
+
+def _beyond(grid: TensorGrid, axis: int, end: int, share: Tensor, highest: Tensor) -> Tensor:
+    """What mass beyond a face could add: as many more cells like the outermost as there are.
+
+    Tails fall exponentially in the coordinates or faster. Infinite where the face is so high that
+    the density need not fall at all outside.
+    """
+    face = grid.values.select(axis, end).reshape(-1, len(grid.units)).amax(0)
+    outside = torch.log1p(grid.counts[axis] * share)
+    return outside.masked_fill(~(face <= highest - _OPEN), math.inf)
+
+
+def _misses_a_peak(grid: TensorGrid, region: Region, highest: Tensor) -> Tensor:
     """Whether a peak that was climbed sticks out of the corners of its cell."""
     at = region.coordinates.of(region.peaks.latents)
     heights = region.peaks.log_joint + region.coordinates.log_abs_det(at)
-    strides = torch.tensor([math.prod(grid.counts[a + 1 :]) for a in range(at.shape[-1])], device=at.device)
+    strides = torch.tensor(
+        [math.prod(grid.counts[a + 1 :]) for a in range(at.shape[-1])], device=at.device
+    )
     most = torch.tensor(grid.counts, device=at.device) - 2
-    step = torch.stack([line[1] - line[0] for line in grid.lines], -1)
-    corner = ((at - region.box.low) / step).floor().nan_to_num().long()
+    low = torch.stack([line[0] for line in grid.lines], -1)
+    corner = ((at - low) / grid.steps).floor().nan_to_num().long()
     corner = torch.minimum(corner.clamp(min=0), most)
     around = torch.full_like(heights, -math.inf)
     values = grid.values.flatten(0, -2)
@@ -271,26 +289,22 @@ def _misses_a_peak(grid: _Grid, region: Region, highest: Tensor) -> Tensor:
     return (relevant & (heights > around + _UNSEEN)).any(0)
 
 
-def _axis_in_need(grid: _Grid, rule: _Rule) -> Tensor:
-    """The axis along which the rule changes most; the coarsest where it changes nowhere."""
-    counts = torch.tensor(grid.counts, device=rule.changes.device, dtype=rule.changes.dtype)
-    small = 1e-9 / counts[:, None]
-    return (rule.changes.nan_to_num(nan=0.0) + small).argmax(0)
-
-
 def _finish(
-    grid: _Grid, rule: _Rule, region: Region, some: Tensor, num_units: int
+    grid: TensorGrid, rule: _Rule, region: Region, some: Tensor, num_units: int
 ) -> tuple[Tensor, Particles]:
     """Particles of some units: their nodes, without those that weigh nothing."""
     grid = grid.select(some)
     rule = _Rule(*(part[..., some] for part in rule))
     change = rule.changes.sum(0)
-    error = change + _open_faces(grid) + _rounding(grid.values)
-    error = error.masked_fill(~(change <= _UNRESOLVED) | rule.missed, math.inf)
+    unknown = grid.values < 0.5 * torch.finfo(grid.values.dtype).min
+    unknown &= torch.isfinite(grid.values)
+    error = change + rule.outside.sum(0) + _rounding(grid)
+    bad = ~(change <= _UNRESOLVED) | rule.missed | _borders(grid, unknown)
+    error = error.masked_fill(bad, math.inf)
     values = grid.values.flatten(0, -2)
     floor = rule.log_evidence - rule.log_cell + math.log(_NEGLIGIBLE / len(values))
     kept = (~(values < floor)).any(1).nonzero().flatten()
-    at, log_weights = _nodes(grid.lines, kept), values[kept] + rule.log_cell
+    at, log_weights = grid.nodes(kept), values[kept] + rule.log_cell
     most = max(_MOST_KEPT // num_units, _LEAST_KEPT)
     if len(kept) > most:
         at, log_weights = _thin(at, log_weights, most)
@@ -300,8 +314,20 @@ def _finish(
         log_weights=log_weights + math.log(len(at)),
         kind=Kind.NUMERICAL,
         numerical_error=error,
+        num_nonfinite=int(unknown.sum()),
     )
     return grid.units, run
+
+
+def _borders(grid: TensorGrid, unknown: Tensor) -> Tensor:
+    """Whether the density is high beside a node where it is not known, shape ``(unit,)``."""
+    high = grid.values > grid.highest - _OPEN
+    found = torch.zeros_like(unknown[0]).reshape(-1, len(grid.units)).any(0)
+    for axis, count in enumerate(grid.counts):
+        for one, other in ((high, unknown), (unknown, high)):
+            beside = one.narrow(axis, 0, count - 1) & other.narrow(axis, 1, count - 1)
+            found |= beside.flatten(0, -2).any(0)
+    return found
 
 
 def _thin(at: Tensor, log_weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -333,23 +359,6 @@ def _filled_up(run: Particles, size: int) -> Particles:
     )
 
 
-def _open_faces(grid: _Grid) -> Tensor:
-    """What mass beyond the faces could add: as many more cells like the outermost as there are.
-
-    Algebraic tails fall exponentially in the coordinates, lighter ones faster. Infinite where a
-    face is so high that the density need not fall at all outside.
-    """
-    values = grid.values.flatten(0, -2)
-    total, highest = torch.logsumexp(values, 0), values.amax(0)
-    outside = torch.zeros_like(total)
-    for axis, count in enumerate(grid.counts):
-        for end in (0, count - 1):
-            face = grid.values.select(axis, end).reshape(-1, len(grid.units))
-            outside = outside + count * torch.exp(torch.logsumexp(face, 0) - total)
-            outside = outside.masked_fill(~(face.amax(0) <= highest - _OPEN), math.inf)
-    return torch.log1p(outside)
-
-
-def _rounding(values: Tensor) -> Tensor:
+def _rounding(grid: TensorGrid) -> Tensor:
     """Rounding of a log density of this size, which no finer rule removes."""
-    return 16 * torch.finfo(values.dtype).eps * (1 + values.flatten(0, -2).amax(0).abs())
+    return 16 * torch.finfo(grid.values.dtype).eps * (1 + grid.highest.abs())

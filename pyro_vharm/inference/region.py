@@ -9,21 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vharm.inference.coordinates import SinhCoordinates, log_joint
-from pyro_vharm.inference.start import StartDensity, UnitGaussian
+from pyro_vharm.inference.climbing import Points, climb, draw_scouts
+from pyro_vharm.inference.coordinates import SinhCoordinates
+from pyro_vharm.inference.matching import match_coordinates
+from pyro_vharm.inference.start import StartDensity
+from pyro_vharm.inference.tensor_grid import TensorGrid, evaluate, even_lines
 from pyro_vharm.model.densities import UnitDensities
 
-__all__ = ["COARSE", "Box", "Peaks", "Region", "find_region"]
+__all__ = ["COARSE", "FARTHEST", "Box", "Region", "find_region"]
 
-_DEPTH = 25.0  # nats below the maximum at which the density is cut off: e⁻²⁵ ≈ 1e-11
-_FARTHEST = 120.0  # the largest coordinate; about 1e13 standard deviations
-_SCOUTS = 512
-_CLIMBERS, _CLIMBING_STEPS = 8, 60
-COARSE = {1: 129, 2: 33, 3: 17}  # nodes per dimension
-_MOST_FRAMES = 4
-_TOO_FAR, _TOO_WIDE, _TOO_TILTED = 0.7, 1.6, 0.4
-_TAIL = 0.16  # share of the mass on either side of a standard deviation
-_CLIP = 3.0
+COARSE = {1: 129, 2: 33, 3: 17}  # nodes per dimension while the box moves
+FARTHEST = 16.0  # the largest coordinate; about 1e12 standard deviations
+_DEPTH = 20.0  # nats below the maximum at which the density is cut off: e⁻²⁰ ≈ 2e-9
+_MOST_MATCHES = 8
 
 
 class Box(NamedTuple):
@@ -36,21 +34,9 @@ class Box(NamedTuple):
         """That of some of the units."""
         return Box(self.low[units], self.high[units])
 
-
-class Peaks(NamedTuple):
-    """Points that are high, and what was climbed from some of them.
-
-    Attributes:
-        latents: unconstrained, shape ``(point, unit, dim)``.
-        log_joint: log p(v, h; θ) there, shape ``(point, unit)``.
-    """
-
-    latents: Tensor
-    log_joint: Tensor
-
-    def select(self, units: Tensor) -> Peaks:
-        """Those of some of the units."""
-        return Peaks(self.latents[:, units], self.log_joint[:, units])
+    def replace(self, units: Tensor, other: Box) -> Box:
+        """With that of some of the units replaced."""
+        return Box(*(a.index_copy(0, units, b) for a, b in zip(self, other, strict=True)))
 
 
 class Region(NamedTuple):
@@ -64,27 +50,16 @@ class Region(NamedTuple):
 
     coordinates: SinhCoordinates
     box: Box
-    peaks: Peaks
+    peaks: Points
 
     def select(self, units: Tensor) -> Region:
         """That of some of the units."""
         return Region(*(part.select(units) for part in self))
 
-
-class _Step(NamedTuple):
-    """One step of the search.
-
-    Attributes:
-        coordinates: matched anew, for some units.
-        box: moved, or laid anew in those.
-        matched: which units have new coordinates.
-        rests: which units are done.
-    """
-
-    coordinates: SinhCoordinates
-    box: Box
-    matched: Tensor
-    rests: Tensor
+    def replace(self, units: Tensor, other: Region) -> Region:
+        """With coordinates and box of some of the units replaced."""
+        coordinates = self.coordinates.replace(units, other.coordinates)
+        return self._replace(coordinates=coordinates, box=self.box.replace(units, other.box))
 
 
 def find_region(
@@ -93,12 +68,12 @@ def find_region(
     select: Callable[[Tensor], UnitDensities] | None,
     num_steps: int,
 ) -> Region:
-    """Find every unit's box from draws of the start density and the peaks that they climb to.
+    """Find every unit's box from draws of the start density and the peaks that are climbed to.
 
-    The box grows while a face lies within 25 nats of the maximum on a coarse grid, and shrinks to
-    what holds density. Once it rests, the coordinates are matched to quantiles and correlations
-    on that grid, and the box is sought anew in them, so that a narrow or tilted posterior that the
-    start density knew nothing of is seen in its own width.
+    The box grows while a face lies within 20 nats of the maximum on a coarse grid, and shrinks to
+    what holds density. Once it rests, the coordinates are matched to the density on that grid, and
+    the box is sought anew in them, so that a narrow or tilted posterior that the start density
+    knew nothing of is seen in its own width.
 
     Args:
         densities: the units, of one to three dimensions.
@@ -106,82 +81,59 @@ def find_region(
         select: gives the densities of some of the units alone, where they can be had.
         num_steps: most steps of growing, shrinking and matching.
     """
-    scouts, peaks = _scout(densities, start)
+    scouts = draw_scouts(densities, start)
+    peaks = climb(densities, start, scouts)
+    known = Points(*(torch.cat(pair) for pair in zip(scouts, peaks, strict=True)))
     coordinates = SinhCoordinates(start.gaussian)
-    region = Region(coordinates, _first_box(coordinates, scouts), peaks)
-    frames = torch.ones(densities.num_units, dtype=torch.long, device=densities.device)
+    region = Region(coordinates, _with_margin(_hull_of_points(coordinates, known)), peaks)
     pending = torch.arange(densities.num_units, device=densities.device)
+    matches = torch.zeros_like(pending)
     for _ in range(num_steps):
-        whole = select is None or len(pending) == densities.num_units
-        part = densities if select is None or whole else select(pending)
-        step = _improve(part, region.select(pending), scouts.select(pending), frames[pending])
-        region = _update(region, pending, step)
-        frames[pending] += step.matched
-        left = pending[~step.rests]
-        if not len(left):
+        everyone = select is None or len(pending) == densities.num_units
+        part = densities if select is None or everyone else select(pending)
+        may_match = matches[pending] < _MOST_MATCHES
+        own, rests, again = _improve(part, region.select(pending), known.select(pending), may_match)
+        region = region.replace(pending, own)
+        matches[pending] += again
+        if bool(rests.all()):
             break
-        pending = left if select is not None else pending
+        pending = pending if select is None else pending[~rests]
     return region
 
 
-def _improve(densities: UnitDensities, region: Region, scouts: Peaks, frames: Tensor) -> _Step:
-    """Move the box; match the coordinates where it rests."""
-    coordinates, box = region.coordinates, region.box
-    grid = _grid(box, COARSE[densities.dim])
-    latents = coordinates.latents(grid)
-    found = Peaks(latents, log_joint(densities, latents))
-    points = Peaks(*(torch.cat(pair) for pair in zip(scouts, found, strict=True)))
-    moved, rests = _move(coordinates, box, points)
-    gaussian, off = _match(coordinates, grid, box, found)
-    again = rests & off & (frames < _MOST_FRAMES)
-    matched = SinhCoordinates(_where(again, gaussian, coordinates.gaussian))
-    fresh = _first_box(matched, points)
-    low, high = (torch.where(again[:, None], *ends) for ends in zip(fresh, moved, strict=True))
-    return _Step(matched, Box(low, high), again, rests & ~again)
+def _improve(
+    densities: UnitDensities, region: Region, known: Points, may_match: Tensor
+) -> tuple[Region, Tensor, Tensor]:
+    """Move each unit's box, or match its coordinates if the box rests.
 
-
-def _scout(densities: UnitDensities, start: StartDensity) -> tuple[Peaks, Peaks]:
-    """Draws of the start density with what the best of them reach, and the latter alone.
-
-    Climbing is by compass search in whitened latents: each climber tries a step of its own length
-    along each axis both ways, takes the best, and doubles the length on success or halves it.
+    Returns:
+        the region, which units need no more, and which were matched.
     """
-    drawn = start.sample(densities, _SCOUTS)
-    values = log_joint(densities, drawn)
-    count, num_units, dim = drawn.shape
-    top = values.topk(_CLIMBERS, 0).indices
-    spread = torch.randint(count, (_CLIMBERS, num_units), device=drawn.device)
-    index = torch.cat([top, spread])
-    height = values.gather(0, index)
-    at = start.gaussian.whiten(drawn.gather(0, index[..., None].expand(-1, -1, dim)))
-    eye = torch.eye(dim, dtype=drawn.dtype, device=drawn.device)
-    compass = torch.cat([eye, -eye])
-    length = torch.full_like(height, 0.5)
-    for _ in range(_CLIMBING_STEPS):
-        tried = at + length[..., None] * compass[:, None, None]
-        heights = log_joint(densities, start.gaussian.unwhiten(tried.flatten(0, 1)))
-        highest, which = heights.unflatten(0, tried.shape[:2]).max(0)
-        up = highest > height
-        moved = tried.gather(0, which[None, ..., None].expand(1, -1, -1, dim))[0]
-        at = torch.where(up[..., None], moved, at)
-        height = torch.where(up, highest, height)
-        length = torch.where(up, 2.0 * length, 0.5 * length)
-    peaks = Peaks(start.gaussian.unwhiten(at), height)
-    return Peaks(torch.cat([drawn, peaks.latents]), torch.cat([values, height])), peaks
+    coordinates = region.coordinates
+    lines = even_lines(*region.box, COARSE[densities.dim])
+    units = torch.arange(densities.num_units, device=densities.device)
+    grid = TensorGrid(units, lines, evaluate(densities, coordinates, lines))
+    at = coordinates.of(known.latents)
+    values = known.log_joint + coordinates.log_abs_det(at)
+    floor = torch.maximum(grid.highest, values.amax(0)) - _DEPTH
+    moved, rests = _move(region.box, _hull(grid, grid.values >= floor, at, values >= floor))
+    region = region._replace(box=moved)
+    matched, off = match_coordinates(coordinates, grid, region.peaks)
+    again = rests & off & may_match
+    some = again.nonzero().flatten()
+    if len(some):
+        own, points = matched.select(some), _points_near(coordinates, grid, floor, known, some)
+        box = _with_margin(_hull_of_points(own, points))
+        region = region.replace(some, region.select(some)._replace(coordinates=own, box=box))
+    return region, rests & ~again, again
 
 
-def _first_box(coordinates: SinhCoordinates, scouts: Peaks) -> Box:
-    hull = _hull(coordinates, scouts)
-    margin = (0.1 * (hull.high - hull.low)).clamp(min=0.5)
-    return _within_reach(Box(hull.low - margin, hull.high + margin))
-
-
-def _move(coordinates: SinhCoordinates, box: Box, points: Peaks) -> tuple[Box, Tensor]:
+def _move(box: Box, hull: Box) -> tuple[Box, Tensor]:
     """Grow where a face is high, shrink to what holds density; and which units need neither."""
-    hull, span = _hull(coordinates, points), box.high - box.low
+    span = box.high - box.low
     cell = span / (COARSE[span.shape[-1]] - 1)
-    below = (hull.low <= box.low) & (box.low > -_FARTHEST)
-    above = (hull.high >= box.high) & (box.high < _FARTHEST)
+    below = (hull.low <= box.low) & (box.low > -FARTHEST)
+    above = (hull.high >= box.high) & (box.high < FARTHEST)
     low = torch.where(below, hull.low - 0.5 * span, hull.low - cell)
     high = torch.where(above, hull.high + 0.5 * span, hull.high + cell)
     moved = _within_reach(Box(low, high))
@@ -191,89 +143,45 @@ def _move(coordinates: SinhCoordinates, box: Box, points: Peaks) -> tuple[Box, T
     return Box(low, high), rests
 
 
-def _hull(coordinates: SinhCoordinates, points: Peaks) -> Box:
-    """The smallest box around the points whose density is within reach of the highest."""
+def _hull(grid: TensorGrid, near: Tensor, at: Tensor, near_known: Tensor) -> Box:
+    """The smallest box around the nodes and known points that are near the highest."""
+    low = torch.where(near_known[..., None], at, math.inf).amin(0)
+    high = torch.where(near_known[..., None], at, -math.inf).amax(0)
+    for axis, line in enumerate(grid.lines):
+        others = [other for other in range(len(grid.lines)) if other != axis]
+        met = near.sum(others) > 0 if others else near
+        lowest = torch.where(met, line, math.inf).amin(0)
+        highest = torch.where(met, line, -math.inf).amax(0)
+        low[:, axis] = torch.minimum(low[:, axis], lowest)
+        high[:, axis] = torch.maximum(high[:, axis], highest)
+    return Box(low, high)
+
+
+def _hull_of_points(coordinates: SinhCoordinates, points: Points) -> Box:
     at = coordinates.of(points.latents)
     values = points.log_joint + coordinates.log_abs_det(at)
-    highest = at.gather(0, values.argmax(0)[None, :, None].expand(1, -1, at.shape[-1]))
-    near = torch.where((values > values.amax(0) - _DEPTH)[..., None], at, highest)
-    return Box(near.amin(0), near.amax(0))
+    near = (values >= values.amax(0) - _DEPTH)[..., None]
+    low = torch.where(near, at, math.inf).amin(0)
+    return Box(low, torch.where(near, at, -math.inf).amax(0))
+
+
+def _points_near(
+    coordinates: SinhCoordinates, grid: TensorGrid, floor: Tensor, known: Points, some: Tensor
+) -> Points:
+    """The nodes near the highest, and the known points, of some of the units."""
+    grid, coordinates, known = grid.select(some), coordinates.select(some), known.select(some)
+    values = grid.values.flatten(0, -2)
+    index = (values >= floor[some]).any(-1).nonzero().flatten()
+    at = grid.nodes(index)
+    log_joint = values[index] - coordinates.log_abs_det(at)
+    nodes = Points(coordinates.latents(at), log_joint)
+    return Points(*(torch.cat(pair) for pair in zip(known, nodes, strict=True)))
+
+
+def _with_margin(hull: Box) -> Box:
+    margin = (0.1 * (hull.high - hull.low)).clamp(min=0.5)
+    return _within_reach(Box(hull.low - margin, hull.high + margin))
 
 
 def _within_reach(box: Box) -> Box:
-    return Box(*(end.clamp(-_FARTHEST, _FARTHEST) for end in box))
-
-
-def _grid(box: Box, count: int) -> Tensor:
-    """Tensor grid of each unit's box, shape ``(count ** dim, unit, dim)``."""
-    dim = box.low.shape[-1]
-    line = torch.linspace(0, 1, count, dtype=box.low.dtype, device=box.low.device)
-    unit_grid = torch.cartesian_prod(*[line] * dim).reshape(-1, 1, dim)
-    return box.low + (box.high - box.low) * unit_grid
-
-
-def _match(
-    coordinates: SinhCoordinates, grid: Tensor, box: Box, found: Peaks
-) -> tuple[UnitGaussian, Tensor]:
-    """A Gaussian with the medians, quantile widths and correlations of the density on a grid.
-
-    A node stands for its cell, so that a peak within one cell is given that cell's width. Widths
-    are by quantiles and correlations of clipped deviations, as tails may have no moments.
-
-    Returns:
-        the Gaussian, and which units' coordinates are far from it.
-    """
-    share = torch.softmax(found.log_joint + coordinates.log_abs_det(grid), 0)
-    share = torch.where(torch.isfinite(share), share, 1 / len(share))
-    cell = (box.high - box.low) / (COARSE[grid.shape[-1]] - 1)
-    below, median, above = coordinates.whitened(_quantiles(share, box, cell))
-    own = coordinates.gaussian
-    floor = 64 * torch.finfo(share.dtype).eps * (1 + own.mean.abs())
-    width = torch.maximum(0.5 * (above - below), floor / own.scale_tril.diagonal(dim1=1, dim2=2))
-    deviation = ((coordinates.whitened(grid) - median) / width).clamp(-_CLIP, _CLIP)
-    within = (cell * coordinates.slope(grid) / width).clamp(max=_CLIP).square() / 12
-    product = torch.einsum("pu,pui,puj->uij", share, deviation, deviation)
-    product = product + torch.diag_embed(torch.einsum("pu,pui->ui", share, within))
-    scale = product.diagonal(dim1=1, dim2=2).sqrt()
-    correlation = product / (scale[:, :, None] * scale[:, None, :])
-    turn = width[..., None] * torch.linalg.cholesky(correlation)
-    matched = UnitGaussian(own.unwhiten(median[None])[0], own.scale_tril @ turn)
-    tilt = (correlation - torch.diag_embed(correlation.diagonal(dim1=1, dim2=2))).abs()
-    off = (median.abs() > _TOO_FAR) | (width.log().abs() > math.log(_TOO_WIDE))
-    return matched, off.any(-1) | (tilt > _TOO_TILTED).any(-1).any(-1)
-
-
-def _quantiles(share: Tensor, box: Box, cell: Tensor) -> Tensor:
-    """Three quantiles of each coordinate, shape ``(3, unit, dim)``, from shares of grid nodes."""
-    dim, num_units = box.low.shape[-1], share.shape[-1]
-    shaped = share.reshape(*[COARSE[dim]] * dim, num_units)
-    wanted = torch.tensor([_TAIL, 0.5, 1 - _TAIL], dtype=share.dtype, device=share.device)
-    found = []
-    for axis in range(dim):
-        others = [other for other in range(dim) if other != axis]
-        marginal = (shaped.sum(others) if others else shaped).T.contiguous()
-        upto = marginal.cumsum(-1)
-        index = torch.searchsorted(upto, wanted.expand(num_units, 3).contiguous())
-        index = index.clamp(max=marginal.shape[-1] - 1)
-        mass = marginal.gather(1, index).clamp(min=torch.finfo(share.dtype).tiny)
-        part = ((wanted - upto.gather(1, index)) / mass + 0.5).clamp(-0.5, 0.5)
-        found.append(box.low[:, axis, None] + cell[:, axis, None] * (index + part))
-    return torch.stack(found, -1).transpose(0, 1)
-
-
-def _where(condition: Tensor, one: UnitGaussian, other: UnitGaussian) -> UnitGaussian:
-    mean = torch.where(condition[:, None], one.mean, other.mean)
-    return UnitGaussian(
-        mean, torch.where(condition[:, None, None], one.scale_tril, other.scale_tril)
-    )
-
-
-def _update(region: Region, units: Tensor, step: _Step) -> Region:
-    """The region with some units' coordinates and boxes replaced."""
-    old, new = region.coordinates.gaussian, step.coordinates.gaussian
-    gaussian = UnitGaussian(
-        old.mean.index_copy(0, units, new.mean),
-        old.scale_tril.index_copy(0, units, new.scale_tril),
-    )
-    ends = (a.index_copy(0, units, b) for a, b in zip(region.box, step.box, strict=True))
-    return region._replace(coordinates=SinhCoordinates(gaussian), box=Box(*ends))
+    return Box(*(end.clamp(-FARTHEST, FARTHEST) for end in box))
