@@ -32,7 +32,7 @@ _UNRESOLVED = 1e-3  # nats by which two rules may differ before they prove nothi
 _CAUTION = 4.0
 _WALL = 1e-7  # neighbouring nodes may differ by this factor before there is a wall between
 _NEGLIGIBLE = 1e-12
-_ROWS_AT_ONCE = 2**22
+_ROWS_AT_ONCE = 2**21
 _MOST_ROWS = 2**26
 _MOST_KEPT, _LEAST_KEPT = 2**23, 2**10
 
@@ -81,7 +81,7 @@ class Quadrature:
     """
 
     tolerance: float = 1e-6
-    max_nodes: int = 2**20
+    max_nodes: int = 2**21
     num_box_steps: int = 40
 
     def __post_init__(self) -> None:
@@ -142,13 +142,16 @@ class Quadrature:
     ) -> list[tuple[Tensor, Particles]]:
         """Widen or halve along the axis that needs it most, of the units that need it."""
         pending, done = [_first_grid(densities, region)], []
+        spent = pending[0].values.numel()
         while pending:
-            grid = pending.pop()
+            cheapest = min(range(len(pending)), key=lambda i: math.prod(pending[i].counts))
+            grid = pending.pop(cheapest)
             rule = _apply(grid, region)
             move, ends = self._next_move(grid, rule)
             if select is None and not bool(ends.all()):
                 move, ends = move[~ends].mode().values.expand_as(move), torch.zeros_like(ends)
-            ends = ends | self._is_spent(grid)
+            too_many = 2 * math.prod(grid.counts) > self.max_nodes
+            ends = ends | too_many | (spent + grid.values.numel() > _MOST_ROWS)
             if bool(ends.any()):
                 some = ends.nonzero().flatten()
                 done.append(_finish(grid, rule, region, some, densities.num_units))
@@ -156,6 +159,7 @@ class Quadrature:
             for kind in move[~ends].unique().tolist():
                 some = ((move == kind) & ~ends).nonzero().flatten()
                 pending.append(_refined(densities, select, grid.select(some), kind, region))
+                spent += pending[-1].values.numel() - len(some) * math.prod(grid.counts)
         return done
 
     def _next_move(self, grid: TensorGrid, rule: _Rule) -> tuple[Tensor, Tensor]:
@@ -172,9 +176,6 @@ class Quadrature:
         axis = (rule.changes.nan_to_num(nan=0.0) + small).argmax(0)
         move = torch.where(widens, dim + open_by.argmax(0), axis)
         return move, ~widens & (rule.changes.sum(0) < tolerance) & ~rule.missed
-
-    def _is_spent(self, grid: TensorGrid) -> bool:
-        return 2 * math.prod(grid.counts) > self.max_nodes or 2 * grid.values.numel() > _MOST_ROWS
 
 
 def _first_grid(densities: UnitDensities, region: Region) -> TensorGrid:

@@ -54,7 +54,8 @@ class Region(NamedTuple):
 
     def select(self, units: Tensor) -> Region:
         """That of some of the units."""
-        return Region(*(part.select(units) for part in self))
+        coordinates, box, peaks = self
+        return Region(coordinates.select(units), box.select(units), peaks.select(units))
 
     def replace(self, units: Tensor, other: Region) -> Region:
         """With coordinates and box of some of the units replaced."""
