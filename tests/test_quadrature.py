@@ -13,7 +13,8 @@ import torch
 import pyro_vharm as vh
 from pyro_vharm import Kind, Quadrature, log_evidence
 from pyro_vharm.estimates import UnitEstimates
-from pyro_vharm.inference import quadrature, region
+from pyro_vharm.inference import quadrature, region, trapezoidal
+from pyro_vharm.inference.choice import choose_method
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.particles import log_mean_exp
 from tests.statistics import SEED
@@ -264,7 +265,7 @@ def test_a_hard_posterior_is_right_or_owned_up_to(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*EASY, *HARD])
-@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("seed", range(1, 31))
 def test_the_error_is_kept_over_many_seeds(name, seed):
     pyro.set_rng_seed(seed)
     posterior = {**EASY, **HARD}[name]()
@@ -297,7 +298,7 @@ def test_a_cut_box_without_its_tail_check_is_caught(name, monkeypatch):
     posterior = EASY[name]()
     monkeypatch.setattr(region, "_DEPTH", 4.0)
     assert not is_a_lie(by_quadrature(posterior), posterior.exact), "the check mends the cut"
-    monkeypatch.setattr(quadrature, "_beyond", lambda *args: torch.zeros_like(args[-1]))
+    monkeypatch.setattr(trapezoidal, "_beyond", lambda *args: torch.zeros_like(args[-1]))
     assert is_a_lie(by_quadrature(posterior), posterior.exact)
 
 
@@ -308,7 +309,7 @@ def test_a_wall_needs_more_than_two_rules(monkeypatch):
         return (2 * shares[::2].sum(0)).log().abs()
 
     assert not is_a_lie(by_quadrature(posterior, method), posterior.exact)
-    monkeypatch.setattr(quadrature, "_change", two_rules)
+    monkeypatch.setattr(trapezoidal, "_change", two_rules)
     assert is_a_lie(by_quadrature(posterior, method), posterior.exact)
 
 
@@ -404,6 +405,16 @@ def test_quadrature_says_so_when_it_has_not_converged():
     evidence = log_evidence(case.model, case.data, method=coarse, progress=False)
     assert not is_a_lie(evidence.per_unit, case.exact)
     assert bool((evidence.per_unit.errors > 1e-6).any())
+
+
+@pytest.mark.parametrize(
+    "num_units, name", [(3, "Quadrature"), (2000, "AnnealedImportanceSampling")]
+)
+def test_auto_counts_evaluations_in_three_dimensions(num_units, name):
+    case = correlated(3, 0.5, num_units=num_units)
+    choice = choose_method(prepare(case.model, case.guide, case.data).densities)
+    assert str(choice).startswith(name)
+    assert ("70,000 evaluations" in choice.reason) == (num_units > 1000)
 
 
 def test_quadrature_refuses_four_dimensions():

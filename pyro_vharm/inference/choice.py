@@ -17,7 +17,11 @@ from pyro_vharm.particles import Particles
 __all__ = ["Choice", "InferenceMethod", "choose_method"]
 
 _FEWEST_STEPS = 5
-_PER_UNIT = {1: 3e3, 2: 1e4, 3: 7e4}  # evaluations that quadrature takes of an easy posterior
+_PER_UNIT = {
+    1: 3_000,
+    2: 10_000,
+    3: 70_000,
+}  # evaluations that quadrature takes of an easy posterior
 _PER_PARTICLE = 600  # what annealing takes, gradients, reverse runs and pilots counted
 _WORTH = 2.0  # a numerical answer may cost so much more: it needs no second opinion
 _LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 16, 128, 2**15
@@ -92,8 +96,8 @@ def _automatic(dim: int, target_width: float, annealed: AnnealedImportanceSampli
     numerical, sampled = _PER_UNIT[dim], annealed.num_particles * _PER_PARTICLE
     if numerical > _WORTH * sampled:
         reason = (
-            f"quadrature over {dim} continuous dimensions would take about {numerical:.0e} "
-            f"evaluations per unit, annealing with {annealed.num_particles} particles {sampled:.0e}"
+            f"quadrature over {dim} continuous dimensions would take about {numerical:,} "
+            f"evaluations per unit, annealing with {annealed.num_particles} particles {sampled:,}"
         )
         return Choice(annealed, reason, target_width=target_width)
     reason = f"{dim} continuous dimension{'s' if dim > 1 else ''} can be integrated numerically"

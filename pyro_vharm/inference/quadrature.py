@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from pyro_vharm.estimates import Kind
 from pyro_vharm.inference.region import COARSE, FARTHEST, Region, find_region
 from pyro_vharm.inference.start import StartDensity, match_start
 from pyro_vharm.inference.tensor_grid import TensorGrid, evaluate, even_lines
+from pyro_vharm.inference.trapezoidal import TrapezoidalRule, apply_rule
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import unit_blocks, unit_selector
 from pyro_vharm.particles import Particles, join_units
@@ -25,34 +24,10 @@ __all__ = ["MOST_DIMENSIONS", "Quadrature"]
 
 MOST_DIMENSIONS = max(COARSE)
 _FIRST = 31  # nodes per dimension
-_OPEN = 15.0  # a face within so many nats of the maximum leaves mass outside that nobody saw
-_UNSEEN = 1.0  # nats by which a peak that was climbed may stick out of the nodes around it
-_RELEVANT = 10.0  # nats below the maximum down to which peaks are looked at
-_UNRESOLVED = 1e-3  # nats by which two rules may differ before they prove nothing
-_CAUTION = 4.0
-_WALL = 1e-7  # neighbouring nodes may differ by this factor before there is a wall between
 _NEGLIGIBLE = 1e-12
 _ROWS_AT_ONCE = 2**21
 _MOST_ROWS = 2**26
 _MOST_KEPT, _LEAST_KEPT = 2**23, 2**10
-
-
-class _Rule(NamedTuple):
-    """What the trapezoidal rule on a grid says of each unit.
-
-    Attributes:
-        log_evidence: shape ``(unit,)``.
-        log_cell: log volume of a cell, ``(unit,)``.
-        changes: error by the spacing along each axis, in nats, ``(axis, unit)``.
-        outside: what mass beyond each face could add, in nats, ``(2 axis, unit)``.
-        missed: whether a peak that was climbed sticks out of the nodes around it, ``(unit,)``.
-    """
-
-    log_evidence: Tensor
-    log_cell: Tensor
-    changes: Tensor
-    outside: Tensor
-    missed: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,11 +42,12 @@ class Quadrature:
     nats of the maximum, and shrinks to what holds density, so that a second mode under the prior
     is kept; see `find_region`.
 
-    The error of a unit is the sum over axes of what twice the spacing along that axis changes,
-    plus what mass beyond the faces could add, plus rounding. It is infinite where the rules differ
-    by more than 0.001 nats, where a peak that was climbed sticks out of the nodes around it by
-    more than a nat, or where the density at a face has not fallen by 15 nats: then nothing is
-    known. A mode that neither draws nor climbs nor the coarse grid meet stays unseen.
+    The error of a unit is the most that twice the spacing along every axis changes, or what slower
+    convergence lets expect, plus what mass beyond the faces could add, plus rounding. It is
+    infinite where the first is more than 0.001 nats, where a peak that was climbed sticks out of
+    the nodes around it by more than a nat, where the density at a face has not fallen by 15 nats,
+    or where it is no number beside high density: then nothing is known. A mode that neither draws
+    nor climbs nor the coarse grid meet stays unseen.
 
     Args:
         tolerance: nats per unit to which two rules must agree, or as far as rounding allows.
@@ -146,7 +122,7 @@ class Quadrature:
         while pending:
             cheapest = min(range(len(pending)), key=lambda i: math.prod(pending[i].counts))
             grid = pending.pop(cheapest)
-            rule = _apply(grid, region)
+            rule = apply_rule(grid, region)
             move, ends = self._next_move(grid, rule)
             if select is None and not bool(ends.all()):
                 move, ends = move[~ends].mode().values.expand_as(move), torch.zeros_like(ends)
@@ -162,12 +138,12 @@ class Quadrature:
                 spent += pending[-1].values.numel() - len(some) * math.prod(grid.counts)
         return done
 
-    def _next_move(self, grid: TensorGrid, rule: _Rule) -> tuple[Tensor, Tensor]:
+    def _next_move(self, grid: TensorGrid, rule: TrapezoidalRule) -> tuple[Tensor, Tensor]:
         """What each unit needs most, and which need nothing.
 
         Moves are the axes to halve, then the faces to push out, two for each axis.
         """
-        tolerance = _rounding(grid).clamp(min=self.tolerance)
+        tolerance = rule.rounding.clamp(min=self.tolerance)
         ends = torch.stack([line[i].abs() for line in grid.lines for i in (0, -1)])
         open_by = rule.outside.masked_fill(ends >= FARTHEST, 0.0)
         widens = open_by.amax(0) > 0.1 * tolerance / len(open_by)
@@ -175,7 +151,7 @@ class Quadrature:
         small = 1e-9 / torch.tensor(grid.counts, device=tolerance.device)[:, None]
         axis = (rule.changes.nan_to_num(nan=0.0) + small).argmax(0)
         move = torch.where(widens, dim + open_by.argmax(0), axis)
-        return move, ~widens & (rule.changes.sum(0) < tolerance) & ~rule.missed
+        return move, ~widens & (rule.change < tolerance) & ~rule.missed
 
 
 def _first_grid(densities: UnitDensities, region: Region) -> TensorGrid:
@@ -213,95 +189,11 @@ def _with(lines: tuple[Tensor, ...], axis: int, line: Tensor) -> tuple[Tensor, .
     return (*lines[:axis], line, *lines[axis + 1 :])
 
 
-def _apply(grid: TensorGrid, region: Region) -> _Rule:
-    """The rule, how it changes with the spacing along each axis, and what may lie outside."""
-    highest = grid.highest
-    heights = (grid.values - highest).exp()
-    axes = range(len(grid.counts))
-    marginals = [
-        heights.sum(others) if (others := [b for b in axes if b != a]) else heights for a in axes
-    ]
-    total = marginals[0].sum(0)
-    outside = [
-        _beyond(grid, axis, end, marginal[end] / total, highest)
-        for axis, marginal in enumerate(marginals)
-        for end in (0, -1)
-    ]
-    log_cell = grid.steps.log().sum(-1)
-    return _Rule(
-        log_evidence=highest + total.log() + log_cell,
-        log_cell=log_cell,
-        changes=torch.stack([_change(marginal / total) for marginal in marginals]),
-        outside=torch.stack(outside),
-        missed=_misses_a_peak(grid, region.select(grid.units), highest),
-    )
-
-
-def _change(shares: Tensor) -> Tensor:
-    """Error of a rule from how far rules of more than its spacing are off.
-
-    The change to twice the spacing bounds the error of a smooth density by far, and may be small
-    by chance for one with a kink or a jump. There errors fall by a constant factor with each
-    halving; so, at least what the largest errors of all rules of three and six times the spacing
-    then let expect, (3 / 6)^log₂3 being 1 / 3. A wall between two nodes may lie at either.
-
-    Args:
-        shares: of the nodes along one axis in the total, shape ``(node, unit)``.
-    """
-    twice, thrice, sixfold = (
-        torch.stack([(by * shares[i::by].sum(0)).log().abs() for i in range(by)]).amax(0)
-        for by in (2, 3, 6)
-    )
-    thrice, sixfold = thrice.clamp(max=1.0), sixfold.clamp(min=1e-30, max=1.0)
-    expected = _CAUTION * thrice * (thrice / sixfold) ** math.log2(3)
-    low, high = (pick(shares[1:], shares[:-1]) for pick in (torch.minimum, torch.maximum))
-    walls = torch.where(low < _WALL * high, high, 0.0).sum(0)
-    return torch.maximum(twice, expected) + walls
-
-
-def _beyond(grid: TensorGrid, axis: int, end: int, share: Tensor, highest: Tensor) -> Tensor:
-    """What mass beyond a face could add: as many more cells like the outermost as there are.
-
-    Tails fall exponentially in the coordinates or faster. Infinite where the face is so high that
-    the density need not fall at all outside.
-    """
-    face = grid.values.select(axis, end).reshape(-1, len(grid.units)).amax(0)
-    outside = torch.log1p(grid.counts[axis] * share)
-    return outside.masked_fill(~(face <= highest - _OPEN), math.inf)
-
-
-def _misses_a_peak(grid: TensorGrid, region: Region, highest: Tensor) -> Tensor:
-    """Whether a peak that was climbed sticks out of the corners of its cell."""
-    at = region.coordinates.of(region.peaks.latents)
-    heights = region.peaks.log_joint + region.coordinates.log_abs_det(at)
-    strides = torch.tensor(
-        [math.prod(grid.counts[a + 1 :]) for a in range(at.shape[-1])], device=at.device
-    )
-    most = torch.tensor(grid.counts, device=at.device) - 2
-    low = torch.stack([line[0] for line in grid.lines], -1)
-    corner = ((at - low) / grid.steps).floor().nan_to_num().long()
-    corner = torch.minimum(corner.clamp(min=0), most)
-    around = torch.full_like(heights, -math.inf)
-    values = grid.values.flatten(0, -2)
-    for shift in product((0, 1), repeat=at.shape[-1]):
-        index = ((corner + torch.tensor(shift, device=at.device)) * strides).sum(-1)
-        around = torch.maximum(around, values.gather(0, index))
-    relevant = heights > highest - _RELEVANT
-    return (relevant & (heights > around + _UNSEEN)).any(0)
-
-
 def _finish(
-    grid: TensorGrid, rule: _Rule, region: Region, some: Tensor, num_units: int
+    grid: TensorGrid, rule: TrapezoidalRule, region: Region, some: Tensor, num_units: int
 ) -> tuple[Tensor, Particles]:
     """Particles of some units: their nodes, without those that weigh nothing."""
-    grid = grid.select(some)
-    rule = _Rule(*(part[..., some] for part in rule))
-    change = rule.changes.sum(0)
-    unknown = grid.values < 0.5 * torch.finfo(grid.values.dtype).min
-    unknown &= torch.isfinite(grid.values)
-    error = change + rule.outside.sum(0) + _rounding(grid)
-    bad = ~(change <= _UNRESOLVED) | rule.missed | _borders(grid, unknown)
-    error = error.masked_fill(bad, math.inf)
+    grid, rule = grid.select(some), rule.select(some)
     values = grid.values.flatten(0, -2)
     floor = rule.log_evidence - rule.log_cell + math.log(_NEGLIGIBLE / len(values))
     kept = (~(values < floor)).any(1).nonzero().flatten()
@@ -314,21 +206,10 @@ def _finish(
         unconstrained=coordinates.latents(at),
         log_weights=log_weights + math.log(len(at)),
         kind=Kind.NUMERICAL,
-        numerical_error=error,
-        num_nonfinite=int(unknown.sum()),
+        numerical_error=rule.error,
+        num_nonfinite=int(grid.unknown.sum()),
     )
     return grid.units, run
-
-
-def _borders(grid: TensorGrid, unknown: Tensor) -> Tensor:
-    """Whether the density is high beside a node where it is not known, shape ``(unit,)``."""
-    high = grid.values > grid.highest - _OPEN
-    found = torch.zeros_like(unknown[0]).reshape(-1, len(grid.units)).any(0)
-    for axis, count in enumerate(grid.counts):
-        for one, other in ((high, unknown), (unknown, high)):
-            beside = one.narrow(axis, 0, count - 1) & other.narrow(axis, 1, count - 1)
-            found |= beside.flatten(0, -2).any(0)
-    return found
 
 
 def _thin(at: Tensor, log_weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -358,8 +239,3 @@ def _filled_up(run: Particles, size: int) -> Particles:
         unconstrained=torch.cat([run.unconstrained, filling]),
         log_weights=torch.cat([run.log_weights + math.log(size / count), none]),
     )
-
-
-def _rounding(grid: TensorGrid) -> Tensor:
-    """Rounding of a log density of this size, which no finer rule removes."""
-    return 16 * torch.finfo(grid.values.dtype).eps * (1 + grid.highest.abs())

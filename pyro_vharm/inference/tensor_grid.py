@@ -45,6 +45,11 @@ class TensorGrid(NamedTuple):
         """Largest value of each unit."""
         return self.values.flatten(0, -2).amax(0)
 
+    @property
+    def unknown(self) -> Tensor:
+        """Where the density is no number; see `log_joint`."""
+        return self.values.isfinite() & (self.values < 0.5 * torch.finfo(self.values.dtype).min)
+
     def select(self, some: Tensor) -> TensorGrid:
         """The grid of some of its units."""
         lines = tuple(line[:, some] for line in self.lines)
