@@ -120,7 +120,8 @@ def _joint_change(heights: Tensor, total: Tensor) -> Tensor:
         heights[tuple(slice(start, None, 2) for start in starts)].sum(axes)
         for starts in product((0, 1), repeat=len(axes))
     ]
-    return (2 ** len(axes) * torch.stack(rules) / total).log().abs().amax(0)
+    times = torch.stack(rules) * 2.0 ** len(axes) / total
+    return times.log().abs().amax(0)
 
 
 def _beyond(grid: TensorGrid, axis: int, end: int, share: Tensor, highest: Tensor) -> Tensor:
