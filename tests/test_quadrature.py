@@ -9,6 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy.integrate import quad
+from scipy.stats import halfcauchy, multivariate_normal
 
 import pyro_vharm as vh
 from pyro_vharm import Kind, Quadrature, log_evidence
@@ -152,7 +154,12 @@ def schools():
         scale = (tau[..., None] ** 2 + errors**2).sqrt()
         pyro.factor("y", dist.Normal(mu[..., None], scale).log_prob(v).sum(-1))
 
-    return Posterior(model, effects, torch.tensor([-31.3113474]))
+    def given(tau):
+        covariance = np.diag(tau**2 + np.array(ERRORS) ** 2) + 25.0
+        return multivariate_normal.pdf(EFFECTS, cov=covariance) * halfcauchy.pdf(tau, scale=5.0)
+
+    parts = [quad(given, *ends, epsabs=1e-24)[0] for ends in ((0, 5), (5, 30), (30, np.inf))]
+    return Posterior(model, effects, torch.tensor([math.log(sum(parts))]))
 
 
 def exponential():
@@ -266,7 +273,7 @@ def test_a_hard_posterior_is_right_or_owned_up_to(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*EASY, *HARD])
-@pytest.mark.parametrize("seed", range(1, 31))
+@pytest.mark.parametrize("seed", range(1, 11))
 def test_the_error_is_kept_over_many_seeds(name, seed):
     pyro.set_rng_seed(seed)
     posterior = {**EASY, **HARD}[name]()
@@ -428,16 +435,18 @@ def test_quadrature_refuses_four_dimensions():
         log_evidence(four, (V,), method=Quadrature(), progress=False)
 
 
-def test_single_precision_stops_at_its_rounding():
-    v = torch.tensor([0.5, -1.0], dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_single_precision_stops_at_its_rounding(dtype):
+    v = torch.tensor([0.5, -1.0], dtype=dtype)
 
     def model(v):
         with pyro.plate("units", len(v)):
-            h = pyro.sample("h", dist.Normal(v.new_zeros(3), 1.0).to_event(1))
+            zeros = torch.zeros(3, dtype=torch.float32)
+            h = pyro.sample("h", dist.Normal(zeros, 1.0).to_event(1))
             pyro.sample("v", dist.Normal(h.sum(-1), 1.0), obs=v)
 
     evidence = log_evidence(model, (v,), method=Quadrature(), progress=False)
-    assert evidence.per_unit.values.dtype == torch.float32
+    assert evidence.per_unit.values.dtype == dtype
     exact = dist.Normal(0.0, 2.0).log_prob(v.double())
     assert not is_a_lie(evidence.per_unit, exact) and float(evidence.per_unit.errors.max()) < 1e-4
     assert evidence.num_particles < 64**3, "rounding does not drive the grid to its limit"

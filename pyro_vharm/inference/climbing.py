@@ -53,7 +53,7 @@ def climb(densities: UnitDensities, start: StartDensity, scouts: Points) -> Poin
     at, height = start.gaussian.whiten(first), log_joint(densities, first)
     eye = torch.eye(dim, dtype=at.dtype, device=at.device)
     compass = torch.cat([eye, -eye])
-    length = torch.full_like(height, 0.5)
+    length = torch.full_like(at[..., 0], 0.5)
     for _ in range(_NUM_STEPS):
         tried = at + length[..., None] * compass[:, None, None]
         heights = log_joint(densities, start.gaussian.unwhiten(tried.flatten(0, 1)))

@@ -39,6 +39,7 @@ def match_coordinates(
     """
     shares = torch.softmax(grid.values.flatten(0, -2), 0).reshape(grid.values.shape)
     shares = torch.where(torch.isfinite(shares), shares, 1 / math.prod(grid.counts))
+    shares = shares.to(grid.lines[0].dtype)
     marginals = [_marginal(shares, (axis,)) for axis in range(len(grid.lines))]
     quantiles = [_quantiles(*pair) for pair in zip(grid.lines, marginals, strict=True)]
     below, median, above = coordinates.whitened(torch.stack(quantiles, -1))

@@ -23,7 +23,7 @@ from pyro_vharm.particles import Particles, join_units
 __all__ = ["MOST_DIMENSIONS", "Quadrature"]
 
 MOST_DIMENSIONS = max(COARSE)
-_FIRST = 31  # nodes per dimension
+_FIRST = {1: 61, 2: 43, 3: 31}  # nodes per dimension; one less is a multiple of six
 _NEGLIGIBLE = 1e-12
 _ROWS_AT_ONCE = 2**21
 _MOST_ROWS = 2**26
@@ -155,7 +155,7 @@ class Quadrature:
 
 
 def _first_grid(densities: UnitDensities, region: Region) -> TensorGrid:
-    lines = even_lines(*region.box, _FIRST)
+    lines = even_lines(*region.box, _FIRST[densities.dim])
     units = torch.arange(densities.num_units, device=densities.device)
     return TensorGrid(units, lines, evaluate(densities, region.coordinates, lines))
 

@@ -82,7 +82,7 @@ def apply_rule(grid: TensorGrid, region: Region) -> TrapezoidalRule:
         changes=torch.stack([_change(marginal / total) for marginal in marginals]),
         joint=_joint_change(heights, total),
         outside=torch.stack(outside),
-        rounding=16 * torch.finfo(highest.dtype).eps * (1 + highest.abs()),
+        rounding=_rounding(grid, highest),
         missed=_misses_a_peak(grid, region.select(grid.units), highest),
         unknown=_borders_the_unknown(grid, highest),
     )
@@ -133,6 +133,12 @@ def _beyond(grid: TensorGrid, axis: int, end: int, share: Tensor, highest: Tenso
     face = grid.values.select(axis, end).reshape(-1, len(grid.units)).amax(0)
     outside = torch.log1p(grid.counts[axis] * share)
     return outside.masked_fill(~(face <= highest - _OPEN), math.inf)
+
+
+def _rounding(grid: TensorGrid, highest: Tensor) -> Tensor:
+    """By the coarser dtype of latents and density: data may be double where latents are not."""
+    dtypes = (grid.lines[0].dtype, highest.dtype)
+    return 16 * max(torch.finfo(dtype).eps for dtype in dtypes) * (1 + highest.abs())
 
 
 def _misses_a_peak(grid: TensorGrid, region: Region, highest: Tensor) -> Tensor:
