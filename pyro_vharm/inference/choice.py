@@ -17,11 +17,8 @@ from pyro_vharm.particles import Particles
 __all__ = ["Choice", "InferenceMethod", "choose_method"]
 
 _FEWEST_STEPS = 5
-_PER_UNIT = {
-    1: 3_000,
-    2: 10_000,
-    3: 70_000,
-}  # evaluations that quadrature takes of an easy posterior
+# Evaluations that quadrature takes of a unit with an easy posterior, by dimension.
+_PER_UNIT = {1: 3_000, 2: 10_000, 3: 70_000}
 _PER_PARTICLE = 600  # what annealing takes, gradients, reverse runs and pilots counted
 _WORTH = 2.0  # a numerical answer may cost so much more: it needs no second opinion
 _LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 16, 128, 2**15
@@ -64,8 +61,8 @@ def choose_method(
     """The user's method; or, by continuous dimensions of a unit, the cheapest that meets a width.
 
     None: enumeration, which is exact. Up to three: quadrature, and annealing if it does not
-    converge. More, or three in many units, which need fewer particles than nodes: annealing, whose
-    pilot gives each unit the temperatures it needs.
+    converge. More, or where so many units share the particles that annealing is foreseen to take
+    far fewer evaluations: annealing, whose pilot gives each unit the temperatures it needs.
 
     Raises:
         InputError: if the method is not one; gives draws, but no evidence; or all latents are

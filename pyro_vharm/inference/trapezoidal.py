@@ -18,7 +18,7 @@ _OPEN = 15.0  # a face within so many nats of the maximum leaves mass outside th
 _UNSEEN = 1.0  # nats by which a peak that was climbed may stick out of the nodes around it
 _RELEVANT = 10.0  # nats below the maximum down to which peaks are looked at
 _UNRESOLVED = 1e-3  # nats by which two rules may differ before they prove nothing
-_CAUTION = 4.0
+_CAUTION = 4.0  # times what slow convergence lets expect, which is known to a small factor
 _WALL = 1e-7  # neighbouring nodes may differ by this factor before there is a wall between
 
 
