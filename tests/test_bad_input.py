@@ -368,13 +368,3 @@ def test_settings_that_are_refused():
     ]:
         with pytest.raises(vh.InputError, match=message):
             make()
-
-
-def test_quadrature_refuses_three_dimensions():
-    def three(v):
-        with pyro.plate("units", len(v)):
-            h = pyro.sample("h", dist.Normal(v.new_zeros(3), 1.0).to_event(1))
-            pyro.sample("v", dist.Normal(h.sum(-1), 1.0), obs=v)
-
-    with pytest.raises(vh.InputError, match="one or two latent dimensions, not 3"):
-        vh.log_evidence(three, (V,), method=vh.Quadrature(), progress=False)

@@ -18,7 +18,6 @@ from pyro_vharm import (
     MatchedGaussian,
     MatchedStart,
     PriorStart,
-    Quadrature,
     SequentialMonteCarlo,
     SigmoidSchedule,
     log_evidence,
@@ -153,36 +152,6 @@ def test_the_sandwich_holds(make):
         assert exact < upper.value
 
 
-def test_quadrature_finds_both_modes_from_a_guide_on_one():
-    case = two_modes()
-    evidence = log_evidence(case.model, case.data, guide=case.guide, progress=False)
-    assert (evidence.per_unit.values - case.exact).abs().max() < 1e-8
-
-
-@pytest.mark.parametrize("sd", [1e-4, 1e-2, 1.0])
-@pytest.mark.parametrize("offset", [0.0, 5.0, -30.0])
-def test_quadrature_zooms_in_on_narrow_and_far_posteriors(sd, offset):
-    v = torch.tensor([offset])
-
-    def model(v):
-        with pyro.plate("units", 1):
-            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
-            pyro.sample("v", dist.Normal(h, sd), obs=v)
-
-    evidence = log_evidence(model, (v,), progress=False)
-    exact = dist.Normal(0.0, (1 + sd**2) ** 0.5).log_prob(v)
-    error = (evidence.per_unit.values - exact).abs()
-    assert bool((error <= evidence.per_unit.errors + 1e-7).all())
-
-
-def test_quadrature_says_so_when_it_has_not_converged():
-    case = two_modes()
-    coarse = Quadrature(max_nodes=32, num_box_steps=1)
-    evidence = log_evidence(case.model, case.data, method=coarse, progress=False)
-    error = (evidence.per_unit.values - case.exact).abs()
-    assert bool((error <= evidence.per_unit.errors + 1e-9).all())
-
-
 def test_same_seed_same_numbers_and_batches_add_up():
     case = linear_gaussian()
     (v,) = case.data
@@ -223,22 +192,6 @@ def test_matched_gaussians_keep_true_correlations_and_drop_noise():
     independent = match_gaussian(wide.sample(200))
     off = independent.scale_tril[0] - torch.diag(independent.scale_tril[0].diagonal())
     assert float(off.abs().max()) < 0.05
-
-
-@pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4])
-def test_an_unresolved_quadrature_has_no_finite_error(noise):
-    v = torch.tensor([1.0, 2.0])
-
-    def model(v):
-        with pyro.plate("units", len(v)):
-            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
-            pyro.sample("v", dist.Normal(h**2, noise), obs=v)
-
-    evidence = log_evidence(model, (v,), method=Quadrature(), progress=False)
-    # narrow modes at ±√v: log p(v) = log N(√v; 0, 1) − log √v + O(noise²)
-    exact = dist.Normal(0.0, 1.0).log_prob(v.sqrt()) - 0.5 * v.log()
-    error = (evidence.per_unit.values - exact).abs()
-    assert bool((error <= evidence.per_unit.errors + 10 * noise**2).all())
 
 
 def test_no_finite_weight_at_all_is_a_bound_of_minus_infinity():

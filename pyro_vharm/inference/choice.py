@@ -10,14 +10,17 @@ from pyro_vharm.errors import InputError
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.chains import HamiltonianMonteCarlo
 from pyro_vharm.inference.enumeration import Enumeration
-from pyro_vharm.inference.quadrature import Quadrature
+from pyro_vharm.inference.quadrature import MOST_DIMENSIONS, Quadrature
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.particles import Particles
 
 __all__ = ["Choice", "InferenceMethod", "choose_method"]
 
 _FEWEST_STEPS = 5
-_MOST_DIMS = 2
+# Evaluations that quadrature takes of a unit with an easy posterior, by dimension.
+_PER_UNIT = {1: 3_000, 2: 10_000, 3: 70_000}
+_PER_PARTICLE = 600  # what annealing takes, gradients, reverse runs and pilots counted
+_WORTH = 2.0  # a numerical answer may cost so much more: it needs no second opinion
 _LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 16, 128, 2**15
 
 
@@ -57,8 +60,9 @@ def choose_method(
 ) -> Choice:
     """The user's method; or, by continuous dimensions of a unit, the cheapest that meets a width.
 
-    None: enumeration, which is exact. Up to two: quadrature, and annealing if it does not
-    converge. More: annealing, whose pilot gives each unit the temperatures it needs.
+    None: enumeration, which is exact. Up to three: quadrature, and annealing if it does not
+    converge. More, or where so many units share the particles that annealing is foreseen to take
+    far fewer evaluations: annealing, whose pilot gives each unit the temperatures it needs.
 
     Raises:
         InputError: if the method is not one; gives draws, but no evidence; or all latents are
@@ -82,8 +86,16 @@ def choose_method(
 
 
 def _automatic(dim: int, target_width: float, annealed: AnnealedImportanceSampling) -> Choice:
-    if dim > _MOST_DIMS:
+    """Quadrature where it can be had for about the evaluations that annealing takes."""
+    if dim > MOST_DIMENSIONS:
         reason = f"{dim} continuous dimensions are too many for quadrature"
+        return Choice(annealed, reason, target_width=target_width)
+    numerical, sampled = _PER_UNIT[dim], annealed.num_particles * _PER_PARTICLE
+    if numerical > _WORTH * sampled:
+        reason = (
+            f"quadrature over {dim} continuous dimensions would take about {numerical:,} "
+            f"evaluations per unit, annealing with {annealed.num_particles} particles {sampled:,}"
+        )
         return Choice(annealed, reason, target_width=target_width)
     reason = f"{dim} continuous dimension{'s' if dim > 1 else ''} can be integrated numerically"
     return Choice(Quadrature(), reason, annealed, target_width)

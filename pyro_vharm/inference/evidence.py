@@ -348,9 +348,9 @@ def log_evidence(
             batches.
         guide: a trained guide; its draws say where to look. Without one, the prior does.
         method: an inference method. By default, or with ``"auto"``: `Enumeration` where all
-            latents are discrete, `Quadrature` for units of one or two continuous dimensions where
-            it converges, else `AnnealedImportanceSampling` with as many temperatures as the target
-            width needs; the result says which and why.
+            latents are discrete, `Quadrature` for units of up to three continuous dimensions where
+            it converges and is not far dearer, else `AnnealedImportanceSampling` with as many
+            temperatures as the target width needs; the result says which and why.
         target_width: nats per unit for which ``"auto"`` chooses: bounds apart, or numerical error.
             A method of your own has its own settings.
         confirmation: how a Monte Carlo result is checked by a second method that starts elsewhere,

@@ -1,10 +1,10 @@
-"""Quadrature over the one or two latent dimensions of a unit, in a box that finds its own place."""
+"""Quadrature over the one to three latent dimensions of a unit, on a grid that finds its place."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,52 +12,52 @@ from tqdm.auto import tqdm
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind
+from pyro_vharm.inference.region import COARSE, FARTHEST, Region, find_region
 from pyro_vharm.inference.start import StartDensity, match_start
+from pyro_vharm.inference.tensor_grid import TensorGrid, evaluate, even_lines
+from pyro_vharm.inference.trapezoidal import TrapezoidalRule, apply_rule
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.particles import Particles
+from pyro_vharm.model.minibatches import unit_blocks, unit_selector
+from pyro_vharm.particles import Particles, join_units
 
-__all__ = ["Quadrature"]
+__all__ = ["MOST_DIMENSIONS", "Quadrature"]
 
-_ROWS_PER_PASS = 2**20
-_DEPTH = 32.0  # nats below the maximum at which the density is cut off: e⁻³² ≈ 1e-14
-_OPEN = 15.0  # a face within so many nats of the maximum leaves mass outside that nobody saw
-_UNSEEN = 1.0  # nats by which the highest node may miss the highest peak that was climbed
-_UNRESOLVED = 1e-3  # nats by which the last two rules may differ before they prove nothing
-_SCOUTS = 512
-_CLIMBERS, _CLIMBING_STEPS = 8, 60
+MOST_DIMENSIONS = max(COARSE)
+_FIRST = {1: 61, 2: 43, 3: 31}  # nodes per dimension; one less is a multiple of six
+_NEGLIGIBLE = 1e-12
+_ROWS_AT_ONCE = 2**21
 _MOST_ROWS = 2**26
-
-
-class _Box(NamedTuple):
-    """Ends of each unit's box in whitened coordinates, shape ``(unit, dim)`` each."""
-
-    low: Tensor
-    high: Tensor
+_MOST_KEPT, _LEAST_KEPT = 2**23, 2**10
 
 
 @dataclass(frozen=True)
 class Quadrature:
-    """Trapezoidal rule on a grid per unit, doubled until two rules agree.
+    """Trapezoidal rule on a grid per unit, made finer along one axis at a time.
 
     For a smooth density that vanishes at the ends of the box the rule converges faster than any
     power of the spacing ("The Exponentially Convergent Trapezoidal Rule", Trefethen, Weideman,
-    2014). The box is laid in the coordinates of the start density's Gaussian. It starts around
-    draws of guide and prior and the peaks that climbs from them reach, grows while a face lies
-    within 32 nats of the maximum, and shrinks to what holds density, so that a second mode under
-    the prior is kept. The error of a unit is the difference of its last two rules, plus what an
-    open face could hide, plus rounding. It is infinite where the rules differ by more than 0.001
-    nats, where no node comes near the highest peak, or where the density at a face has not fallen
-    by 15 nats: then nothing is known.
+    2014). The coordinates are whitened by the posterior's own width and tilt, and draw in tails by
+    sinh, so that algebraic ones vanish too; see `SinhCoordinates`. The box starts around draws of
+    guide and prior and the peaks that climbs from them reach, grows while a face lies within 20
+    nats of the maximum, and shrinks to what holds density, so that a second mode under the prior
+    is kept; see `find_region`.
+
+    The error of a unit is the most that twice the spacing along every axis changes, or what slower
+    convergence lets expect, plus what mass beyond the faces could add, plus rounding. It is
+    infinite where the first is more than 0.001 nats, where a peak that was climbed sticks out of
+    the nodes around it by more than a nat, where the density at a face has not fallen by 15 nats,
+    or where it is no number beside high density: then nothing is known. A mode that neither draws
+    nor climbs nor the coarse grid meet stays unseen.
 
     Args:
         tolerance: nats per unit to which two rules must agree, or as far as rounding allows.
-        max_nodes: most nodes per dimension, fewer where there are very many units; a unit that
-            has not converged by then says so by its error.
-        num_box_steps: most steps of growing and shrinking.
+        max_nodes: most nodes per unit, fewer where very many units need them; a unit that has not
+            converged by then says so by its error.
+        num_box_steps: most steps of growing, shrinking and matching.
     """
 
     tolerance: float = 1e-6
-    max_nodes: int = 1024
+    max_nodes: int = 2**21
     num_box_steps: int = 40
 
     def __post_init__(self) -> None:
@@ -76,162 +76,166 @@ class Quadrature:
         """Integrate every unit's joint density over its latents.
 
         Args:
-            densities: the units, of one or two latent dimensions each.
+            densities: the units, of one to three latent dimensions each.
             start: where to look first; by default matched to guide draws, half of it prior.
             progress: show a bar.
 
         Raises:
-            InputError: if a unit has more than two latent dimensions.
+            InputError: if a unit has more than three latent dimensions.
         """
-        if densities.dim > 2:
+        if densities.dim > MOST_DIMENSIONS:
             raise InputError(
-                f"Quadrature takes units of one or two latent dimensions, not {densities.dim}; use "
-                "AnnealedImportanceSampling"
+                f"Quadrature takes units of one to three latent dimensions, not {densities.dim}; "
+                "use AnnealedImportanceSampling"
             )
         start = match_start(densities, 0.5) if start is None else start
-        with torch.no_grad():
-            box, peak = self._find_box(densities, start)
-            return self._refine(densities, start, box, peak, progress)
-
-    def _find_box(self, densities: UnitDensities, start: StartDensity) -> tuple[_Box, Tensor]:
-        scouts, scout_values = _climb(
-            densities, start, start.gaussian.whiten(start.sample(densities, _SCOUTS))
-        )
-        best = scout_values.argmax(0)[None, :, None].expand(1, -1, densities.dim)
-        box = _pad(
-            _hull(scouts, scout_values, scout_values.amax(0), scouts.gather(0, best)[0]), 0.5
-        )
-        for _ in range(self.num_box_steps):
-            grid = _grid(box, _coarse(densities.dim))
-            values = _log_density(densities, start, grid)
-            points, heights = torch.cat([scouts, grid]), torch.cat([scout_values, values])
-            hull = _hull(points, heights, heights.amax(0), box.low)
-            cell = (box.high - box.low) / (_coarse(densities.dim) - 1)
-            span = box.high - box.low
-            low = torch.where(hull.low <= box.low, box.low - 0.5 * span, hull.low - cell)
-            high = torch.where(hull.high >= box.high, box.high + 0.5 * span, hull.high + cell)
-            grown = ((low < box.low) | (high > box.high)).any()
-            shrunk = ((high - low) < 0.8 * span).any()
-            box = _Box(low, high)
-            if not bool(grown | shrunk):
-                break
-        return box, scout_values.amax(0)
+        size = max(_ROWS_AT_ONCE // COARSE[densities.dim] ** densities.dim, 1)
+        done = []
+        with (
+            torch.no_grad(),
+            tqdm(
+                total=densities.num_units,
+                desc="quadrature",
+                unit="unit",
+                disable=not progress or None,
+                delay=2,
+                leave=False,
+            ) as bar,
+        ):
+            for units, block in unit_blocks(densities, size):
+                select = unit_selector(block)
+                region = find_region(block, start.select(units), select, self.num_box_steps)
+                for some, particles in self._refine(block, region, select, bar.update):
+                    done.append((units[some], particles))
+        return join_units(_of_one_size(done))
 
     def _refine(
         self,
         densities: UnitDensities,
-        start: StartDensity,
-        box: _Box,
-        peak: Tensor,
-        progress: bool,
-    ) -> Particles:
-        count, previous = 32, None
-        with tqdm(desc="quadrature", disable=not progress or None, delay=2, leave=False) as bar:
-            while True:
-                nodes = _grid(box, count)
-                values = _log_density(densities, start, nodes)
-                log_cell = ((box.high - box.low) / (count - 1)).log().sum(-1)
-                log_evidence = torch.logsumexp(values, 0) + log_cell
-                if previous is not None:
-                    change = (log_evidence - previous).abs()
-                    agreed = change < torch.clamp(_rounding(values), min=self.tolerance)
-                    agreed &= values.amax(0) > peak - _UNSEEN
-                    rows = values.numel() * 2**densities.dim
-                    spent = 2 * count > self.max_nodes or rows > _MOST_ROWS
-                    if bool(agreed.all()) or spent:
-                        break
-                previous, count = log_evidence, 2 * count
-                bar.update()
-        error = change + _open_faces(values, count, densities.dim) + _rounding(values)
-        unresolved = (change > _UNRESOLVED) | (values.amax(0) < peak - _UNSEEN)
-        error = error.masked_fill(unresolved, math.inf)
-        return Particles(
-            unconstrained=start.gaussian.unwhiten(nodes),
-            log_weights=values + log_cell + math.log(len(nodes)),
-            kind=Kind.NUMERICAL,
-            numerical_error=error,
-        )
+        region: Region,
+        select: Callable[[Tensor], UnitDensities] | None,
+        report: Callable[[int], object],
+    ) -> list[tuple[Tensor, Particles]]:
+        """Widen or halve along the axis that needs it most, of the units that need it."""
+        pending, done = [_first_grid(densities, region)], []
+        spent = pending[0].values.numel()
+        while pending:
+            cheapest = min(range(len(pending)), key=lambda i: math.prod(pending[i].counts))
+            grid = pending.pop(cheapest)
+            rule = apply_rule(grid, region)
+            move, ends = self._next_move(grid, rule)
+            if select is None and not bool(ends.all()):
+                move, ends = move[~ends].mode().values.expand_as(move), torch.zeros_like(ends)
+            too_many = 2 * math.prod(grid.counts) > self.max_nodes
+            ends = ends | too_many | (spent + grid.values.numel() > _MOST_ROWS)
+            if bool(ends.any()):
+                some = ends.nonzero().flatten()
+                done.append(_finish(grid, rule, region, some, densities.num_units))
+                report(len(some))
+            for kind in move[~ends].unique().tolist():
+                some = ((move == kind) & ~ends).nonzero().flatten()
+                pending.append(_refined(densities, select, grid.select(some), kind, region))
+                spent += pending[-1].values.numel() - len(some) * math.prod(grid.counts)
+        return done
+
+    def _next_move(self, grid: TensorGrid, rule: TrapezoidalRule) -> tuple[Tensor, Tensor]:
+        """What each unit needs most, and which need nothing.
+
+        Moves are the axes to halve, then the faces to push out, two for each axis.
+        """
+        tolerance = rule.rounding.clamp(min=self.tolerance)
+        ends = torch.stack([line[i].abs() for line in grid.lines for i in (0, -1)])
+        open_by = rule.outside.masked_fill(ends >= FARTHEST, 0.0)
+        widens = open_by.amax(0) > 0.1 * tolerance / len(open_by)
+        dim = len(grid.counts)
+        small = 1e-9 / torch.tensor(grid.counts, device=tolerance.device)[:, None]
+        axis = (rule.changes.nan_to_num(nan=0.0) + small).argmax(0)
+        move = torch.where(widens, dim + open_by.argmax(0), axis)
+        return move, ~widens & (rule.change < tolerance) & ~rule.missed
 
 
-def _climb(densities: UnitDensities, start: StartDensity, scouts: Tensor) -> tuple[Tensor, Tensor]:
-    """Add to the scouts what the best of them reach by compass search, for narrow or far peaks.
-
-    Each climber tries a step of its own length along each axis both ways, takes the best, and
-    doubles the length on success or halves it.
-    """
-    values = _log_density(densities, start, scouts)
-    count, num_units, dim = scouts.shape
-    top = values.topk(_CLIMBERS, 0).indices
-    spread = torch.randint(count, (_CLIMBERS, num_units), device=scouts.device)
-    index = torch.cat([top, spread])[..., None].expand(-1, -1, dim)
-    at, height = scouts.gather(0, index), values.gather(0, index[..., 0])
-    eye = torch.eye(dim, dtype=scouts.dtype, device=scouts.device)
-    compass = torch.cat([eye, -eye])
-    length = torch.full_like(height, 0.5)
-    for _ in range(_CLIMBING_STEPS):
-        tried = at + length[..., None] * compass[:, None, None]
-        heights = _log_density(densities, start, tried.flatten(0, 1)).unflatten(0, tried.shape[:2])
-        highest, which = heights.max(0)
-        up = highest > height
-        moved = tried.gather(0, which[None, ..., None].expand(1, -1, -1, dim))[0]
-        at = torch.where(up[..., None], moved, at)
-        height = torch.where(up, highest, height)
-        length = torch.where(up, 2.0 * length, 0.5 * length)
-    return torch.cat([scouts, at]), torch.cat([values, height])
+def _first_grid(densities: UnitDensities, region: Region) -> TensorGrid:
+    lines = even_lines(*region.box, _FIRST[densities.dim])
+    units = torch.arange(densities.num_units, device=densities.device)
+    return TensorGrid(units, lines, evaluate(densities, region.coordinates, lines))
 
 
-def _coarse(dim: int) -> int:
-    return 129 if dim == 1 else 33
+def _refined(
+    densities: UnitDensities,
+    select: Callable[[Tensor], UnitDensities] | None,
+    grid: TensorGrid,
+    move: int,
+    region: Region,
+) -> TensorGrid:
+    """Add the midpoints along one axis, or nodes beyond one face."""
+    dim, units = len(grid.counts), grid.units
+    axis = move if move < dim else (move - dim) // 2
+    line = grid.lines[axis]
+    if move < dim:
+        new = 0.5 * (line[1:] + line[:-1])
+    else:
+        beyond = torch.arange(1, len(line) // 4 + 1, dtype=line.dtype, device=line.device)[:, None]
+        step = line[1] - line[0]
+        new = line[-1] + step * beyond if (move - dim) % 2 else line[0] - step * beyond
+    part = densities if select is None or len(units) == densities.num_units else select(units)
+    added = evaluate(part, region.coordinates.select(units), _with(grid.lines, axis, new))
+    line = torch.cat([line, new])
+    order = line[:, 0].argsort()
+    values = torch.cat([grid.values, added], axis).index_select(axis, order)
+    return TensorGrid(units, _with(grid.lines, axis, line[order]), values)
 
 
-def _grid(box: _Box, count: int) -> Tensor:
-    """Tensor grid of each unit's box, shape ``(count ** dim, unit, dim)``."""
-    dim = box.low.shape[-1]
-    line = torch.linspace(0, 1, count, dtype=box.low.dtype, device=box.low.device)
-    unit_grid = torch.cartesian_prod(*[line] * dim).reshape(-1, 1, dim)
-    return box.low + (box.high - box.low) * unit_grid
+def _with(lines: tuple[Tensor, ...], axis: int, line: Tensor) -> tuple[Tensor, ...]:
+    return (*lines[:axis], line, *lines[axis + 1 :])
 
 
-def _log_density(densities: UnitDensities, start: StartDensity, whitened: Tensor) -> Tensor:
-    """Log joint density in whitened coordinates, in passes of bounded memory; NaN counts as 0."""
-    per_pass = max(_ROWS_PER_PASS // densities.num_units, 1)
-    passes = [
-        densities.log_joint(start.gaussian.unwhiten(part)) for part in whitened.split(per_pass)
-    ]
-    values = torch.cat(passes) + start.gaussian.log_abs_det
-    return values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+def _finish(
+    grid: TensorGrid, rule: TrapezoidalRule, region: Region, some: Tensor, num_units: int
+) -> tuple[Tensor, Particles]:
+    """Particles of some units: their nodes, without those that weigh nothing."""
+    grid, rule = grid.select(some), rule.select(some)
+    values = grid.values.flatten(0, -2)
+    floor = rule.log_evidence - rule.log_cell + math.log(_NEGLIGIBLE / len(values))
+    kept = (~(values < floor)).any(1).nonzero().flatten()
+    at, log_weights = grid.nodes(kept), values[kept] + rule.log_cell
+    most = max(_MOST_KEPT // num_units, _LEAST_KEPT)
+    if len(kept) > most:
+        at, log_weights = _thin(at, log_weights, most)
+    coordinates = region.coordinates.select(grid.units)
+    run = Particles(
+        unconstrained=coordinates.latents(at),
+        log_weights=log_weights + math.log(len(at)),
+        kind=Kind.NUMERICAL,
+        numerical_error=rule.error,
+        num_nonfinite=int(grid.unknown.sum()),
+    )
+    return grid.units, run
 
 
-def _hull(points: Tensor, values: Tensor, peak: Tensor, otherwise: Tensor) -> _Box:
-    """The smallest box around the points whose density is within reach of the peak."""
-    high_enough = (values > peak - _DEPTH)[..., None]
-    low = torch.where(high_enough, points, math.inf).amin(0)
-    high = torch.where(high_enough, points, -math.inf).amax(0)
-    found = torch.isfinite(low) & torch.isfinite(high)
-    return _Box(torch.where(found, low, otherwise), torch.where(found, high, otherwise))
+def _thin(at: Tensor, log_weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Fewer nodes of equal weight and the same total, spaced evenly in cumulative weight."""
+    total = torch.logsumexp(log_weights, 0)
+    upto = (log_weights - total).exp().cumsum(0).T.contiguous()
+    ruler = (torch.arange(count, dtype=upto.dtype, device=upto.device) + 0.5) / count
+    index = torch.searchsorted(upto, ruler.expand(len(upto), count).contiguous() * upto[:, -1:])
+    index = index.clamp(max=len(at) - 1).T[..., None].expand(-1, -1, at.shape[-1])
+    return at.gather(0, index), (total - math.log(count)).expand(count, -1)
 
 
-def _pad(box: _Box, least: float) -> _Box:
-    margin = (0.25 * (box.high - box.low)).clamp(min=least)
-    return _Box(box.low - margin, box.high + margin)
+def _of_one_size(runs: Sequence[tuple[Tensor, Particles]]) -> list[tuple[Tensor, Particles]]:
+    """As many particles everywhere, by some of no weight."""
+    size = max(len(run.log_weights) for _, run in runs)
+    return [(units, _filled_up(run, size)) for units, run in runs]
 
 
-def _open_faces(values: Tensor, count: int, dim: int) -> Tensor:
-    """What mass beyond the faces could add: as much as `count` more cells like the outermost.
-
-    Infinite where a face is so high that the density need not fall at all outside.
-    """
-    shaped = values.reshape(*[count] * dim, -1)
-    total, peak = torch.logsumexp(values, 0), values.amax(0)
-    outside = torch.zeros_like(total)
-    for axis in range(dim):
-        for end in (0, count - 1):
-            face = shaped.select(axis, end).reshape(-1, values.shape[-1])
-            outside = outside + count * torch.exp(torch.logsumexp(face, 0) - total)
-            outside = outside.masked_fill(face.amax(0) > peak - _OPEN, math.inf)
-    return torch.log1p(outside)
-
-
-def _rounding(values: Tensor) -> Tensor:
-    """Rounding of a log density of this size, which no finer rule removes."""
-    return 16 * torch.finfo(values.dtype).eps * (1 + values.amax(0).abs())
+def _filled_up(run: Particles, size: int) -> Particles:
+    count = len(run.log_weights)
+    if count == size:
+        return run
+    filling = run.unconstrained[:1].expand(size - count, -1, -1)
+    none = run.log_weights.new_full((size - count, run.log_weights.shape[1]), -math.inf)
+    return replace(
+        run,
+        unconstrained=torch.cat([run.unconstrained, filling]),
+        log_weights=torch.cat([run.log_weights + math.log(size / count), none]),
+    )
