@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from pyro_vharm.errors import InputError, UnresolvedIntegralError
 from pyro_vharm.estimates import Kind, UnitEstimates
 from pyro_vharm.inference.estimation import estimate_units
-from pyro_vharm.inference.quadrature import Quadrature
+from pyro_vharm.inference.quadrature import MOST_DIMENSIONS, Quadrature
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.objectives.objective import UnitObjective, UnitTerms
 from pyro_vharm.particles import heaviest
@@ -17,7 +17,6 @@ from pyro_vharm.particles import heaviest
 __all__ = ["ExactEvidence"]
 
 _DEFAULT_QUADRATURE = Quadrature()
-_MOST_DIMS = 3
 _ELEMENTS_PER_PASS = 2**22
 
 
@@ -77,9 +76,9 @@ class ExactEvidence(UnitObjective):
     def check(self, densities: UnitDensities) -> None:
         """Refuse units with too many continuous dimensions to integrate over."""
         super().check(densities)
-        if densities.dim > _MOST_DIMS:
+        if densities.dim > MOST_DIMENSIONS:
             raise InputError(
-                f"ExactEvidence takes units of at most {_MOST_DIMS} continuous latent dimensions, "
+                f"ExactEvidence takes units of at most {MOST_DIMENSIONS} continuous latent dimensions, "
                 f"not {densities.dim}; train on a bound, such as ImportanceWeightedELBO or "
                 "AnnealedELBO, or give the latents a plate that splits them into smaller units"
             )
