@@ -78,9 +78,10 @@ class ExactEvidence(UnitObjective):
         super().check(densities)
         if densities.dim > MOST_DIMENSIONS:
             raise InputError(
-                f"ExactEvidence takes units of at most {MOST_DIMENSIONS} continuous latent dimensions, "
-                f"not {densities.dim}; train on a bound, such as ImportanceWeightedELBO or "
-                "AnnealedELBO, or give the latents a plate that splits them into smaller units"
+                f"ExactEvidence takes units of at most {MOST_DIMENSIONS} continuous latent "
+                f"dimensions, not {densities.dim}; train on a bound, such as "
+                "ImportanceWeightedELBO or AnnealedELBO, or give the latents a plate that splits "
+                "them into smaller units"
             )
 
     def evaluate(self, densities: UnitDensities) -> UnitTerms:
