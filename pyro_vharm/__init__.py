@@ -10,10 +10,10 @@ All numbers are in nats.
 
 from pyro_vharm.auditing import audit
 from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
+from pyro_vharm.diagnostics.fulfilment import GapParts, SelfFulfilment, self_fulfilment
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
 from pyro_vharm.diagnostics.harm import LearningHarm, learning_harm
 from pyro_vharm.diagnostics.modes import Modes
-from pyro_vharm.diagnostics.self_fulfilment import GapParts, SelfFulfilment, self_fulfilment
 from pyro_vharm.diagnostics.shape import ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import posterior_shape
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis, diagnose
@@ -58,7 +58,8 @@ from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.history import Checkpoint, History
 from pyro_vharm.learning.learners import ClimbingLearner
 from pyro_vharm.learning.recorder import Recorder
-from pyro_vharm.learning.reference import Attempt, Reference, learn_reference
+from pyro_vharm.learning.reference import Attempt, Reference
+from pyro_vharm.learning.reference_search import learn_reference
 from pyro_vharm.learning.refit import Refit
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters

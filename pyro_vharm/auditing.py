@@ -11,10 +11,11 @@ from pyro_vharm.diagnostics.verdict import Audit, Verdict, judge, material_harm
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import UnitEstimates
 from pyro_vharm.inference.choice import InferenceMethod, choose_method
+from pyro_vharm.learning.attempts import train_reference
 from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.journal import Journal
 from pyro_vharm.learning.learners import Learner, choose_learner
-from pyro_vharm.learning.reference import Reference, train_reference
+from pyro_vharm.learning.reference import Reference
 from pyro_vharm.learning.refit import Refit
 from pyro_vharm.learning.starts import Fresh, Starting
 from pyro_vharm.model.data import Data

@@ -58,7 +58,7 @@ LEARNERS = {
         vh.MarkovChainEM(8, num_transitions=2, chains=vh.PersistentChains()), 80, 0.08, **OPTIONS
     ),
     "gradient steps on the exact evidence": vh.GradientLearner(
-        vh.ExactEvidence(), 40, 0.3, **OPTIONS
+        vh.ExactEvidence(), 80, 0.3, **OPTIONS
     ),
 }
 

@@ -11,9 +11,10 @@ from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
 from pyro_vharm.inference.evidence import Evidence, estimate_evidence
+from pyro_vharm.learning.attempts import given_reference
 from pyro_vharm.learning.evidence_pair import EvidencePair, bounds_table
 from pyro_vharm.learning.guide_training import GuideTraining
-from pyro_vharm.learning.reference import Reference, given_reference
+from pyro_vharm.learning.reference import Reference
 from pyro_vharm.learning.refit import Refit, elbo_over_batches
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.heldout import prepare_heldout
