@@ -18,7 +18,7 @@ __all__ = ["Choice", "InferenceMethod", "choose_method"]
 
 _FEWEST_STEPS = 5
 # Evaluations that quadrature takes of a unit with an easy posterior, by dimension.
-_PER_UNIT = {1: 3_000, 2: 10_000, 3: 70_000}
+_PER_UNIT = {1: 3_000, 2: 10_000, 3: 90_000}
 _PER_PARTICLE = 600  # what annealing takes, gradients, reverse runs and pilots counted
 _WORTH = 2.0  # a numerical answer may cost so much more: it needs no second opinion
 _LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 16, 128, 2**15

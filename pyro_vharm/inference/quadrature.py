@@ -42,12 +42,12 @@ class Quadrature:
     nats of the maximum, and shrinks to what holds density, so that a second mode under the prior
     is kept; see `find_region`.
 
-    The error of a unit is the most that twice the spacing along every axis changes, or what slower
-    convergence lets expect, plus what mass beyond the faces could add, plus rounding. It is
-    infinite where the first is more than 0.001 nats, where a peak that was climbed sticks out of
-    the nodes around it by more than a nat, where the density at a face has not fallen by 15 nats,
-    or where it is no number beside high density: then nothing is known. A mode that neither draws
-    nor climbs nor the coarse grid meet stays unseen.
+    The error of a unit is the sum over axes of what twice the spacing changes on the lines along
+    it, whatever their signs, or what slower convergence lets expect, plus what mass beyond the
+    faces could add, plus rounding. It is infinite where that sum is more than 0.001 nats, where a
+    peak that was climbed sticks out of the nodes around it by more than a nat, where the density
+    at a face has not fallen by 15 nats, or where it is no number beside high density: then nothing
+    is known. A mode that neither draws nor climbs nor the coarse grid meet stays unseen.
 
     Args:
         tolerance: nats per unit to which two rules must agree, or as far as rounding allows.

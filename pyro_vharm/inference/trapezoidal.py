@@ -29,7 +29,6 @@ class TrapezoidalRule(NamedTuple):
         log_evidence: shape ``(unit,)``.
         log_cell: log volume of a cell, ``(unit,)``.
         changes: error by the spacing along each axis, in nats, ``(axis, unit)``.
-        joint: error by the spacing along all axes at once, in nats, ``(unit,)``.
         outside: what mass beyond each face could add, in nats, ``(2 axis, unit)``.
         rounding: of a log density of this size, which no finer rule removes, ``(unit,)``.
         missed: whether a peak that was climbed sticks out of the nodes around it, ``(unit,)``.
@@ -39,7 +38,6 @@ class TrapezoidalRule(NamedTuple):
     log_evidence: Tensor
     log_cell: Tensor
     changes: Tensor
-    joint: Tensor
     outside: Tensor
     rounding: Tensor
     missed: Tensor
@@ -48,7 +46,7 @@ class TrapezoidalRule(NamedTuple):
     @property
     def change(self) -> Tensor:
         """Error by the spacing, in nats, shape ``(unit,)``."""
-        return torch.maximum(self.changes.sum(0), self.joint)
+        return self.changes.sum(0)
 
     @property
     def error(self) -> Tensor:
@@ -79,8 +77,12 @@ def apply_rule(grid: TensorGrid, region: Region) -> TrapezoidalRule:
     return TrapezoidalRule(
         log_evidence=highest + total.log() + log_cell,
         log_cell=log_cell,
-        changes=torch.stack([_change(marginal / total) for marginal in marginals]),
-        joint=_joint_change(heights, total),
+        changes=torch.stack(
+            [
+                torch.maximum(_change(marginal / total), _change_of_lines(heights, axis, total))
+                for axis, marginal in enumerate(marginals)
+            ]
+        ),
         outside=torch.stack(outside),
         rounding=_rounding(grid, highest),
         missed=_misses_a_peak(grid, region.select(grid.units), highest),
@@ -110,18 +112,16 @@ def _change(shares: Tensor) -> Tensor:
     return torch.maximum(twice, expected) + walls
 
 
-def _joint_change(heights: Tensor, total: Tensor) -> Tensor:
-    """The largest error of all rules of twice the spacing along every axis.
+def _change_of_lines(heights: Tensor, axis: int, total: Tensor) -> Tensor:
+    """What twice the spacing changes on each line along an axis, without regard to sign.
 
-    A ridge aslant to the axes has its high frequencies along neither of them alone.
+    Lines through the neck of a funnel, or a ridge aslant to the axes, are off by much while their
+    sum is not.
     """
-    axes = tuple(range(heights.dim() - 1))
-    rules = [
-        heights[tuple(slice(start, None, 2) for start in starts)].sum(axes)
-        for starts in product((0, 1), repeat=len(axes))
-    ]
-    times = torch.stack(rules) * 2.0 ** len(axes) / total
-    return times.log().abs().amax(0)
+    every = heights.sum(axis)
+    even = heights[(slice(None),) * axis + (slice(0, None, 2),)].sum(axis)
+    off = (2 * even - every).abs()
+    return torch.log1p((off.flatten(0, -2).sum(0) if off.dim() > 1 else off) / total)
 
 
 def _beyond(grid: TensorGrid, axis: int, end: int, share: Tensor, highest: Tensor) -> Tensor:
