@@ -89,7 +89,7 @@ def anneal_forward(plan: AnnealedPlan, latents: Tensor) -> Weighted:
         log_weights = log_weights + change * state.log_ratio
         state, accepted = plan.move(t, state)
         acceptance = acceptance + accepted / plan.num_steps
-    return Weighted(state.latents, log_weights, acceptance)
+    return Weighted(plan.moves.latents(state), log_weights, acceptance)
 
 
 def anneal_reverse(plan: AnnealedPlan, latents: Tensor) -> Weighted:
@@ -106,7 +106,7 @@ def anneal_reverse(plan: AnnealedPlan, latents: Tensor) -> Weighted:
         state, accepted = plan.move(t, state)
         acceptance = acceptance + accepted / plan.num_steps
         log_weights = log_weights + changes[t - 1] * state.log_ratio
-    return Weighted(state.latents, log_weights, acceptance)
+    return Weighted(plan.moves.latents(state), log_weights, acceptance)
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class AnnealedImportanceSampling:
             knots = knots.repeat(1, densities.num_units)
             return ThermodynamicLength(knots, knots)
         moves = self._moves(densities, start, 0)
-        return temper(moves, self.num_particles, own_metric=False).length
+        return temper(moves, self.num_particles).length
 
     def _moves(
         self, densities: UnitDensities, start: StartDensity, num_steps: int
@@ -354,4 +354,4 @@ class AnnealedImportanceSampling:
         state = plan.moves.at(latents)
         for _ in range(self.num_settling):
             state, _ = plan.move(plan.num_steps, state)
-        return state.latents
+        return plan.moves.latents(state)

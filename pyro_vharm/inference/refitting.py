@@ -46,12 +46,14 @@ def refit_start(
     wide = replace(start, prior_share=_WIDE_SHARE)
     first = -(-(_FIRST_DRAWS + _FIRST_DRAWS_PER_DIM * dim) // count)
     second = -(-(_DRAWS + _DRAWS_PER_DIM * dim) // count)
-    moves = kernel.moves(densities, wide, count, 2 * _TYPICAL_STEPS + first + second)
-    tempered = temper(moves, count, own_metric=True)
+    ahead = 2 * _TYPICAL_STEPS + first + second
+    moves = kernel.moves(densities, wide, count, ahead, own_metric=True)
+    tempered = temper(moves, count)
     assert tempered.metrics is not None, "asked for"
     state, step_size, metric = tempered.state, tempered.step_sizes[-1], tempered.metrics[-1]
     state, step_size, early = _collect(moves, state, step_size, metric, first)
-    *_, gaussian = _collect(moves, state, step_size, early.scale_tril, second)
+    metric = moves.path.metric(early.scale_tril)
+    *_, gaussian = _collect(moves, state, step_size, metric, second)
     return replace(start, gaussian=gaussian)
 
 
@@ -66,5 +68,5 @@ def _collect(
     one, draws = torch.ones_like(step_size), []
     for _ in range(num_moves):
         state, step_size = tune_step(moves, state, one, step_size, metric)
-        draws.append(state.latents)
+        draws.append(moves.latents(state))
     return state, step_size, match_gaussian(*draws)

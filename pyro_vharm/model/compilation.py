@@ -83,7 +83,7 @@ def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor
 
     with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own code
-        graph = make_fx(lambda *tensors: flat(*tensors))(*_contiguous(inputs), *lifted)
+        graph = make_fx(lambda *tensors: flat(*tensors))(*_apart(inputs), *_apart(lifted))
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.recompile()
     _refuse_random(graph)
@@ -284,7 +284,18 @@ def _keep(key: Hashable, found: Accelerated) -> Accelerated:
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(tensor.contiguous() for tensor in tensors)
+    return tuple(_with_usual_strides(tensor) for tensor in tensors)
+
+
+def _with_usual_strides(tensor: Tensor) -> Tensor:
+    """Contiguous; dims of size 1 may have any stride then, for which code would be compiled anew."""
+    tensor = tensor.contiguous()
+    return tensor.view(-1).view(tensor.shape) if 1 in tensor.shape else tensor
+
+
+def _apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Contiguous copies: of one tensor given twice a trace would make one input."""
+    return tuple(_with_usual_strides(tensor).clone() for tensor in tensors)
 
 
 def _content(batch: Batch) -> tuple[Any, ...]:
