@@ -142,7 +142,8 @@ def test_blocks_of_units_change_nothing_but_the_noise(monkeypatch):
     flipped = method.run(densities_of(shuffled))
     found = log_mean_exp(flipped.log_weights)
     assert_mean((found - case.exact.flip(0)).exp(), 1.0)
-    assert rejects((found - case.exact).exp(), 1.0), "units are put back where they belong"
+    apart, misplaced = (found - case.exact.flip(0)).std(), (found - case.exact).std()
+    assert float(apart) < 0.2 * float(misplaced), "units are put back where they belong"
 
 
 def test_units_are_cut_only_where_that_changes_nothing():

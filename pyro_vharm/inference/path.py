@@ -18,7 +18,8 @@ class PathState(NamedTuple):
     """Positions and the two ends of the path there, with gradients.
 
     Attributes:
-        position: coordinates e of the latents, see `AnnealingPath`, shape ``(particle, unit, dim)``.
+        position: coordinates e of the latents, shape ``(particle, unit, dim)``; see
+            `AnnealingPath`.
         log_start: log f_0, shape ``(particle, unit)``.
         log_joint: log p(v, h; θ), shape ``(particle, unit)``.
         start_gradient: ∇_e log f_0, of the position's shape.
@@ -77,15 +78,15 @@ class AnnealingPath:
     whitened: bool
 
     def latents(self, position: Tensor) -> Tensor:
-        """h at positions ``(particle, unit, dim)``."""
+        """The latents h at positions ``(particle, unit, dim)``."""
         return self.start.gaussian.unwhiten(position) if self.whitened else position
 
     def position(self, latents: Tensor) -> Tensor:
-        """e of latents ``(particle, unit, dim)``."""
+        """The positions e of latents ``(particle, unit, dim)``."""
         return self.start.gaussian.whiten(latents) if self.whitened else latents
 
     def metric(self, scale_tril: Tensor) -> Tensor:
-        """A Cholesky factor ``(unit, dim, dim)`` of a covariance of h, as one of a covariance of e."""
+        """A Cholesky factor of a covariance of h as one of e, both ``(unit, dim, dim)``."""
         if not self.whitened:
             return scale_tril
         outer = self.start.gaussian.scale_tril

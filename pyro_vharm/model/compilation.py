@@ -288,7 +288,7 @@ def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _with_usual_strides(tensor: Tensor) -> Tensor:
-    """Contiguous; dims of size 1 may have any stride then, for which code would be compiled anew."""
+    """Contiguous; dims of size 1 may still have any stride, and each makes code compile anew."""
     tensor = tensor.contiguous()
     return tensor.view(-1).view(tensor.shape) if 1 in tensor.shape else tensor
 
