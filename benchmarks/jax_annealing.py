@@ -1,4 +1,4 @@
-"""Annealed importance sampling as a user of JAX would write it: one jitted scan over temperatures.
+"""Annealed importance sampling as a user of JAX would write it: one scan over temperatures, to jit.
 
 In whitened coordinates e, with h = m + L e, everything is a function of e: the start density
 (1 − ε) N(0, I) + ε p(h; θ) and the joint density. Each leapfrog step takes one gradient, and the
@@ -63,7 +63,6 @@ class JaxAnnealing:
     jitter: float = 0.2
     whitened: bool = True
 
-    @partial(jax.jit, static_argnums=(0, 2))
     def forward(
         self,
         key: Array,
@@ -89,7 +88,6 @@ class JaxAnnealing:
         (_, log_weights), _ = jax.lax.scan(step, (state, jnp.zeros_like(state.log_joint)), xs)
         return log_weights
 
-    @partial(jax.jit, static_argnums=0)
     def backward(
         self,
         key: Array,
@@ -114,7 +112,6 @@ class JaxAnnealing:
         (_, log_weights), _ = jax.lax.scan(step, first, xs, reverse=True)
         return log_weights
 
-    @partial(jax.jit, static_argnums=(0, 2, 5))
     def tune(
         self,
         key: Array,

@@ -15,7 +15,7 @@ from pyro_vharm.model.densities import UnitDensities
 
 __all__ = ["refit_start"]
 
-_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 64, 256, 2**15
+_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 32, 256, 2**15
 _WIDE_SHARE = 0.5
 _FIRST_DRAWS, _DRAWS = 64, 128
 _FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 5, 25
@@ -39,7 +39,7 @@ def refit_start(
         densities: the units.
         start: the density to refit; its share of prior is kept.
         kernel: the transitions.
-        num_particles: the least size of the population; at least 64, more where units are few.
+        num_particles: the least size of the population; at least 32, more where units are few.
     """
     affordable = densities.affordable(_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS)
     count, dim = max(num_particles, affordable), densities.dim

@@ -126,10 +126,13 @@ def accelerate(
         UncompiledWarning: once for each function and model, if it cannot be traced or compiled.
     """
     plain = eager(function, densities)
+    started = time.perf_counter()
     expected = plain(*inputs)
-    started = time.perf_counter()  # of a second call: the first is slower by what it sets up
-    plain(*inputs)
     work = num_calls * (time.perf_counter() - started)
+    if work >= _WORTH_TRACING:  # the first call is slower by what it sets up
+        started = time.perf_counter()
+        plain(*inputs)
+        work = num_calls * (time.perf_counter() - started)
     key = _key(function, densities, inputs)
     if _is_new_to_this_call(key) and work < _WORTH_TRACING:
         return plain
