@@ -12,6 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from statistics import quantiles
 from unittest.mock import patch
@@ -115,10 +116,13 @@ def check(first: Tensor, second: Tensor, name: str) -> None:
 def _rows_of(name: str, num_steps: int, num_rounds: int) -> list[tuple[str, ...]]:
     problem = PROBLEMS[name]()
     plan = _plan(problem, num_steps)
-    makers = {peer: lambda form=form: _ours(plan, form) for peer, form in _FORMS.items()}
+    makers: dict[str, Callable[[], Run]] = {
+        peer: partial(_ours, plan, form) for peer, form in _FORMS.items()
+    }
     if find_spec("jax") is not None:
-        makers[JAX] = lambda: _jax(problem, plan)
-    runs, seconds, weights = {}, {}, {}
+        makers[JAX] = partial(_jax, problem, plan)
+    runs: dict[str, Run] = {}
+    seconds, weights = {}, {}
     for peer, make in makers.items():
         started = time.process_time()
         runs[peer] = make()
@@ -127,9 +131,11 @@ def _rows_of(name: str, num_steps: int, num_rounds: int) -> list[tuple[str, ...]
         started = time.process_time()
         weights[peer] = runs[peer]()
         seconds[peer] -= time.process_time() - started
-        check(weights[peer], weights[next(iter(makers))], peer) if len(weights) > 1 else None
+    first, *others = weights
+    for peer in others:
+        check(weights[peer], weights[first], peer)
     timings = time_interleaved(runs, num_rounds=num_rounds)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for peer, timing in timings.items():
         low, _, high = quantiles(timing.rounds, n=4)
         ratio = timings[JAX].milliseconds / timing.milliseconds if JAX in timings else math.nan

@@ -204,7 +204,7 @@ def time_to_width(points: Sequence[Point], width: float) -> float:
             return after.seconds
         low = max(after.width, 1e-3 * width)  # by chance a width may be negative
         share = math.log(before.width / width) / math.log(before.width / low)
-        return before.seconds * (after.seconds / before.seconds) ** share
+        return float(before.seconds * (after.seconds / before.seconds) ** share)
     return math.inf
 
 
@@ -212,7 +212,7 @@ def _summary(name: str, points: Sequence[Point], width: float) -> list[tuple[str
     recipes = list(dict.fromkeys(point.recipe for point in points))
     of = {recipe: [point for point in points if point.recipe == recipe] for recipe in recipes}
     times = {recipe: time_to_width(of[recipe], width) for recipe in recipes}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for recipe in recipes:
         longest = max(point.seconds for point in of[recipe])
         met = math.isfinite(times[recipe])

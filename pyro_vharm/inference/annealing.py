@@ -314,7 +314,11 @@ class AnnealedImportanceSampling:
             step_sizes.append(step_size)
         plan = AnnealedPlan(moves, temperatures, torch.stack(step_sizes))
         log_weights, _ = drop_nonfinite(log_weights)
-        return plan, relative_variance(log_weights)
+        variance = relative_variance(log_weights)
+        if self.schedule.needs_length:  # few weights rarely show the largest; the length does
+            least = (length.lengths[-1].square() / num_steps).expm1()
+            variance = torch.maximum(variance, least.clamp(max=self.num_particles))
+        return plan, variance
 
     def _plan_of(self, densities: UnitDensities, plan: AnnealedPlan, units: Tensor) -> AnnealedPlan:
         moves = self._moves(densities, plan.moves.start.select(units), plan.num_steps)
