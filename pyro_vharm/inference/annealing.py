@@ -298,6 +298,10 @@ class AnnealedImportanceSampling:
     ) -> tuple[AnnealedPlan, Tensor]:
         """Place so many temperatures and tune their step sizes, on throw-away particles.
 
+        The spread of the weights is foreseen by their own, by that of a lognormal distribution of
+        such log weights, and by the length of the path, whichever is largest: a few weights rarely
+        show the largest.
+
         Returns:
             the frozen plan, and var(w)/mean(w)² of a weight under it as the pilot foresees it,
             shape ``(unit,)``.
@@ -314,8 +318,8 @@ class AnnealedImportanceSampling:
             step_sizes.append(step_size)
         plan = AnnealedPlan(moves, temperatures, torch.stack(step_sizes))
         log_weights, _ = drop_nonfinite(log_weights)
-        variance = relative_variance(log_weights)
-        if self.schedule.needs_length:  # few weights rarely show the largest; the length does
+        variance = torch.maximum(relative_variance(log_weights), _lognormal_variance(log_weights))
+        if self.schedule.needs_length:
             least = (length.lengths[-1].square() / num_steps).expm1()
             variance = torch.maximum(variance, least.clamp(max=self.num_particles))
         return plan, variance
@@ -359,3 +363,17 @@ class AnnealedImportanceSampling:
         for _ in range(self.num_settling):
             state, _ = plan.move(plan.num_steps, state)
         return plan.moves.latents(state)
+
+
+def _lognormal_variance(log_weights: Tensor) -> Tensor:
+    """exp(σ²) − 1 for normal log weights of variance σ², at most their number, shape ``(unit,)``.
+
+    Normal log weights keep their variance when weighed by any power of the weights. The square
+    root leaves out particles of next to no weight, and still counts most of the others.
+    """
+    finite = log_weights.masked_fill(torch.isneginf(log_weights), 0.0)
+    share = torch.softmax(0.5 * log_weights, 0).nan_to_num(nan=0.0)
+    mean = (share * finite).sum(0)
+    variance = (share * (finite - mean).square()).sum(0)
+    degrees = (1 - share.square().sum(0)).clamp(min=1e-6)
+    return (variance / degrees).expm1().clamp(max=len(log_weights))

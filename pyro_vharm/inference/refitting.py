@@ -17,8 +17,8 @@ __all__ = ["refit_start"]
 
 _LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 32, 256, 2**15
 _WIDE_SHARE = 0.5
-_FIRST_DRAWS, _DRAWS = 64, 128
-_FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 5, 25
+_FIRST_DRAWS, _DRAWS, _LEAST_MOVES = 64, 64, 3
+_FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 3, 12
 _TYPICAL_STEPS = 20
 
 
@@ -44,8 +44,8 @@ def refit_start(
     affordable = densities.affordable(_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS)
     count, dim = max(num_particles, affordable), densities.dim
     wide = replace(start, prior_share=_WIDE_SHARE)
-    first = -(-(_FIRST_DRAWS + _FIRST_DRAWS_PER_DIM * dim) // count)
-    second = -(-(_DRAWS + _DRAWS_PER_DIM * dim) // count)
+    first = max(-(-(_FIRST_DRAWS + _FIRST_DRAWS_PER_DIM * dim) // count), _LEAST_MOVES)
+    second = max(-(-(_DRAWS + _DRAWS_PER_DIM * dim) // count), _LEAST_MOVES)
     ahead = 2 * _TYPICAL_STEPS + first + second
     moves = kernel.moves(densities, wide, count, ahead, own_metric=True)
     tempered = temper(moves, count)
