@@ -19,7 +19,10 @@ slow: $(READY)
 
 bench: $(READY)
 	$(RUN)/python -m pip install --quiet --editable ".[bench]"
-	$(RUN)/python -m benchmarks.gradients
+	$(RUN)/python -m benchmarks gradients
+	$(RUN)/python -m benchmarks throughput
+	$(RUN)/python -m benchmarks widths --vaes 64-64-4
+	$(RUN)/python -m benchmarks scaling
 
 lint: $(READY)
 	$(RUN)/ruff check .

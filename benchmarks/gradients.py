@@ -2,7 +2,7 @@
 
 Each peer returns log p per (particle, unit) and its gradient per (particle, unit, dim), in float32,
 on one thread of one core. Their results are compared before anything is timed. Run with
-``python -m benchmarks.gradients``; JAX joins in if it is installed (``pip install
+``python -m benchmarks gradients``; JAX joins in if it is installed (``pip install
 'pyro-vharm[bench]'``).
 """
 
@@ -22,7 +22,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from benchmarks.problems import LATENT, NUM_PARTICLES, PROBLEMS, Problem
-from benchmarks.timing import Timing, time_interleaved, use_one_core
+from benchmarks.tables import print_table
+from benchmarks.timing import Timing, time_interleaved
 from pyro_vharm.model.compilation import compiled, eager, traced
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.problem import prepare
@@ -31,7 +32,7 @@ if find_spec("jax") is not None:
     import jax
     import jax.numpy as jnp
 
-__all__ = ["compare", "main", "ours"]
+__all__ = ["add_options", "compare", "ours", "run"]
 
 REFERENCE = "hand-written torch"
 PYRO = "Pyro, traced"
@@ -145,29 +146,16 @@ def _rows(problem: str, timings: Mapping[str, Timing]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in [_HEADER, *rows]) for i in range(len(_HEADER))]
-    for row in [_HEADER, tuple("-" * width for width in widths), *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("| " + " | ".join(cells) + " |")
-
-
-def main() -> None:
-    """Check and time every peer on every problem, and print one table."""
-    parser = argparse.ArgumentParser(
-        description="Value and gradient of log p(v, h): this package beside hand-written code."
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     parser.add_argument("--rounds", type=int, default=15, help="turns of each peer (at least 2)")
     parser.add_argument(
         "--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="which to run"
     )
-    options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error(f"--rounds must be at least 2, for the quartiles; got {options.rounds}")
-    use_one_core()
-    torch.set_num_threads(1)
-    if find_spec("jax") is None:
-        print("jax is not installed: its rows are left out")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check and time every peer on every problem, and print one table."""
     rows: list[tuple[str, ...]] = []
     for name in options.problems:
         pyro.clear_param_store()
@@ -175,8 +163,4 @@ def main() -> None:
         compare(peers)
         rows += _rows(name, time_interleaved(peers, num_rounds=options.rounds))
     print(f"{NUM_PARTICLES} particles, float32; times over those of peers; cores = CPU / wall\n")
-    _print_table(rows)
-
-
-if __name__ == "__main__":
-    main()
+    print_table(_HEADER, rows)

@@ -18,7 +18,7 @@ if find_spec("jax") is not None:
     import jax
     import jax.numpy as jnp
 
-__all__ = ["LATENT", "NUM_PARTICLES", "PROBLEMS", "Problem"]
+__all__ = ["LATENT", "NUM_PARTICLES", "PROBLEMS", "Problem", "vae_log_joint_jax"]
 
 LATENT = "latent"
 NUM_PARTICLES = 16
@@ -27,7 +27,6 @@ LATENT_DIM, HIDDEN, PIXELS, NUM_IMAGES = 50, 200, 784, 100
 
 _LOG_2PI = math.log(2 * math.pi)
 _TOY_CONSTANT = -TOY_DIM * (_LOG_2PI + math.log(TOY_SCALE))
-_VAE_CONSTANT = -0.5 * LATENT_DIM * _LOG_2PI
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,15 @@ def _toy(num_units: int) -> Problem:
 def _vae_torch(latents: Tensor, signs: Tensor, *weights: Tensor) -> Tensor:
     weight_in, bias_in, weight_out, bias_out = weights
     logits = linear(linear(latents, weight_in, bias_in).tanh(), weight_out, bias_out)
-    log_prior = _VAE_CONSTANT - 0.5 * latents.square().sum(-1)
+    log_prior = -0.5 * latents.shape[-1] * _LOG_2PI - 0.5 * latents.square().sum(-1)
     return log_prior + logsigmoid(signs * logits).sum(-1)
 
 
-def _vae_jax(latents: Any, signs: Any, *weights: Any) -> Any:
+def vae_log_joint_jax(latents: Any, signs: Any, *weights: Any) -> Any:
+    """Log p(v, h) of a decoder with one hidden layer; signs are +1 for white pixels, else −1."""
     weight_in, bias_in, weight_out, bias_out = weights
     logits = jnp.tanh(latents @ weight_in.T + bias_in) @ weight_out.T + bias_out
-    log_prior = _VAE_CONSTANT - 0.5 * jnp.square(latents).sum(-1)
+    log_prior = -0.5 * latents.shape[-1] * _LOG_2PI - 0.5 * jnp.square(latents).sum(-1)
     return log_prior + jax.nn.log_sigmoid(signs * logits).sum(-1)
 
 
@@ -108,7 +108,9 @@ def _vae() -> Problem:
             pyro.sample("image", pixels, obs=images)
 
     weights = [weight.detach() for weight in decoder.parameters()]
-    return Problem(model, (images,), latents, _vae_torch, _vae_jax, (2 * images - 1, *weights))
+    return Problem(
+        model, (images,), latents, _vae_torch, vae_log_joint_jax, (2 * images - 1, *weights)
+    )
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {

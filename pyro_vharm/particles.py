@@ -95,7 +95,8 @@ class Particles:
 
 def join_units(parts: Sequence[tuple[Tensor, Particles]]) -> Particles:
     """Particles of all units from those of parts, each given with the indices of its units."""
-    order = torch.cat([units for units, _ in parts]).argsort()
+    units = torch.cat([units for units, _ in parts])
+    order, in_order = units.argsort(), bool((units.diff() > 0).all())
     runs = [run for _, run in parts]
     if len(runs) == 1:
         return runs[0]
@@ -103,7 +104,10 @@ def join_units(parts: Sequence[tuple[Tensor, Particles]]) -> Particles:
     def joined(name: str, dim: int) -> Tensor | None:
         found = [getattr(run, name) for run in runs]
         present = [field for field in found if field is not None]
-        return torch.cat(present, dim).index_select(dim, order) if present else None
+        if not present:
+            return None
+        whole = torch.cat(present, dim)
+        return whole if in_order else whole.index_select(dim, order)  # no third copy
 
     per_particle = ("unconstrained", "log_weights", "reverse_log_weights")
     per_unit = ("pilot_variance", "numerical_error", "acceptance", "num_steps", "pareto_shapes")

@@ -140,6 +140,18 @@ def test_without_a_compiler_the_graph_runs_with_one_warning(monkeypatch):
         assert accelerate(log_joint, densities, (LATENTS,), MANY).form == "graph"
 
 
+def test_a_tensor_given_twice_is_two_inputs():
+    def difference(densities, first, second):
+        return (densities.log_joint(first) - densities.log_joint(second),)
+
+    densities = densities_of(model)
+    graph = traced(difference, densities, (LATENTS, LATENTS))
+    plain = eager(difference, densities)
+    other = LATENTS + 1.0
+    assert torch.allclose(graph(LATENTS, other)[0], plain(LATENTS, other)[0])
+    assert not torch.allclose(graph(LATENTS, other)[0], torch.zeros(()))
+
+
 def test_random_operations_are_no_graph():
     def noisy(densities, latents):
         return (densities.log_joint(latents) + torch.randn_like(latents[..., 0]),)

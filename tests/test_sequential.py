@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from scipy.stats import t as student
 
 import pyro_vharm as vh
 from pyro_vharm.inference.sequential import run_sequence
 from pyro_vharm.inference.start import match_start
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.particles import log_mean_exp, systematic_resample
-from tests.statistics import assert_mean, rejects
+from tests.statistics import NUM_COMPARISONS, SUITE_FAILURE_RATE, assert_mean, rejects
 from tests.zoo import linear_gaussian
 
 SMC = vh.SequentialMonteCarlo(16, num_groups=2, num_sweeps=1, kernel=vh.HamiltonianKernel(2))
@@ -56,7 +57,8 @@ def test_groups_do_not_mix(replicated):
     latents[:8] = 1e3
     stuck = plan._replace(step_sizes=0 * plan.step_sizes)
     ended = run_sequence(stuck, latents, 8, 0.5, 1)
-    assert bool((ended.latents[:8] == 1e3).all()) and bool((ended.latents[8:] < 1e3).all())
+    assert torch.allclose(ended.latents[:8], torch.tensor(1e3), rtol=1e-12)
+    assert bool((ended.latents[8:] < 999.0).all())
 
 
 def test_systematic_resampling_is_unbiased_and_even():
@@ -76,11 +78,10 @@ def test_without_finite_weights_every_particle_stays():
 
 def test_from_a_matched_start():
     case = linear_gaussian()
-    method = vh.SequentialMonteCarlo(start=vh.MatchedStart())
+    method = vh.SequentialMonteCarlo(num_groups=16, start=vh.MatchedStart())
     evidence = vh.log_evidence(
         case.model, case.data, guide=case.guide, method=method, progress=False
     )
-    assert bool(
-        ((evidence.per_unit.values - case.exact).abs() < 5 * evidence.per_unit.errors).all()
-    )
+    off = (evidence.per_unit.values - case.exact).abs() / evidence.per_unit.errors
+    assert float(off.max()) < student.isf(SUITE_FAILURE_RATE / NUM_COMPARISONS / len(off) / 2, 15)
     assert "temperatures" in str(evidence) and evidence.upper() is None

@@ -89,7 +89,7 @@ def anneal_forward(plan: AnnealedPlan, latents: Tensor) -> Weighted:
         log_weights = log_weights + change * state.log_ratio
         state, accepted = plan.move(t, state)
         acceptance = acceptance + accepted / plan.num_steps
-    return Weighted(state.latents, log_weights, acceptance)
+    return Weighted(plan.moves.latents(state), log_weights, acceptance)
 
 
 def anneal_reverse(plan: AnnealedPlan, latents: Tensor) -> Weighted:
@@ -106,7 +106,7 @@ def anneal_reverse(plan: AnnealedPlan, latents: Tensor) -> Weighted:
         state, accepted = plan.move(t, state)
         acceptance = acceptance + accepted / plan.num_steps
         log_weights = log_weights + changes[t - 1] * state.log_ratio
-    return Weighted(state.latents, log_weights, acceptance)
+    return Weighted(plan.moves.latents(state), log_weights, acceptance)
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class AnnealedImportanceSampling:
             knots = knots.repeat(1, densities.num_units)
             return ThermodynamicLength(knots, knots)
         moves = self._moves(densities, start, 0)
-        return temper(moves, self.num_particles, own_metric=False).length
+        return temper(moves, self.num_particles).length
 
     def _moves(
         self, densities: UnitDensities, start: StartDensity, num_steps: int
@@ -297,6 +297,10 @@ class AnnealedImportanceSampling:
         num_steps: int,
     ) -> tuple[AnnealedPlan, Tensor]:
         """Place so many temperatures and tune their step sizes, on throw-away particles.
+
+        The spread of the weights is foreseen by their own, by that of a lognormal distribution of
+        such log weights, and by the length of the path, whichever is largest: a few weights rarely
+        show the largest.
 
         Returns:
             the frozen plan, and var(w)/mean(w)² of a weight under it as the pilot foresees it,
@@ -314,7 +318,11 @@ class AnnealedImportanceSampling:
             step_sizes.append(step_size)
         plan = AnnealedPlan(moves, temperatures, torch.stack(step_sizes))
         log_weights, _ = drop_nonfinite(log_weights)
-        return plan, relative_variance(log_weights)
+        variance = torch.maximum(relative_variance(log_weights), _lognormal_variance(log_weights))
+        if self.schedule.needs_length:
+            least = (length.lengths[-1].square() / num_steps).expm1()
+            variance = torch.maximum(variance, least.clamp(max=self.num_particles))
+        return plan, variance
 
     def _plan_of(self, densities: UnitDensities, plan: AnnealedPlan, units: Tensor) -> AnnealedPlan:
         moves = self._moves(densities, plan.moves.start.select(units), plan.num_steps)
@@ -354,4 +362,18 @@ class AnnealedImportanceSampling:
         state = plan.moves.at(latents)
         for _ in range(self.num_settling):
             state, _ = plan.move(plan.num_steps, state)
-        return state.latents
+        return plan.moves.latents(state)
+
+
+def _lognormal_variance(log_weights: Tensor) -> Tensor:
+    """exp(σ²) − 1 for normal log weights of variance σ², at most their number, shape ``(unit,)``.
+
+    Normal log weights keep their variance when weighed by any power of the weights. The square
+    root leaves out particles of next to no weight, and still counts most of the others.
+    """
+    finite = log_weights.masked_fill(torch.isneginf(log_weights), 0.0)
+    share = torch.softmax(0.5 * log_weights, 0).nan_to_num(nan=0.0)
+    mean = (share * finite).sum(0)
+    variance = (share * (finite - mean).square()).sum(0)
+    degrees = (1 - share.square().sum(0)).clamp(min=1e-6)
+    return (variance / degrees).expm1().clamp(max=len(log_weights))

@@ -220,10 +220,11 @@ class HamiltonianMonteCarlo:
         """Warm up, freeze, and draw, for all these units together."""
         moves, state, step_size, metric = self.warm_up(densities, start)
         one, acceptance = torch.ones_like(step_size), torch.zeros_like(step_size)
+        own = moves.path.metric(metric)
         latents, log_joint, num_divergent = [], [], 0
         for _ in range(self.num_draws):
-            state, accepted = moves(state, one, step_size, metric)
-            latents.append(state.latents)
+            state, accepted = moves(state, one, step_size, own)
+            latents.append(moves.latents(state))
             log_joint.append(state.log_joint)
             acceptance = acceptance + accepted.mean(0) / self.num_draws
             num_divergent += int((accepted == 0).sum())
@@ -234,18 +235,18 @@ class HamiltonianMonteCarlo:
         """Carry chains from far apart to the posterior, and tune their moves on the way."""
         ahead = self.num_warmup + self.num_draws
         plain = replace(start, prior_share=0.0)  # the other end of a path that is not walked
-        moves = self.kernel.moves(densities, plain, self.num_chains, ahead)
+        moves = self.kernel.moves(densities, plain, self.num_chains, ahead, own_metric=True)
         state = moves.at(self._first(densities, start))
         step_size, metric = first_step_sizes(state), start.gaussian.scale_tril
         lengths = [max(int(share * self.num_warmup), 2) for share in _WINDOWS]
         for i, length in enumerate(lengths):
-            draws = []
+            draws, own = [], moves.path.metric(metric)
             for _ in range(length):
-                state, accepted = moves(state, torch.ones_like(step_size), step_size, metric)
+                state, accepted = moves(state, torch.ones_like(step_size), step_size, own)
                 # the chain that lags sets the pace at first, so that none is left behind
                 pace = accepted.amin(0) if i == 0 else accepted.mean(0)
                 step_size = step_size * (pace - self.kernel.target_acceptance).exp()
-                draws.append(state.latents)
+                draws.append(moves.latents(state))
             metric = refine_gaussian(metric, draws).scale_tril
         return self._settle(moves, state, step_size, metric, self.num_warmup - sum(lengths))
 
@@ -269,9 +270,9 @@ class HamiltonianMonteCarlo:
     ) -> TunedChains:
         """Tune the step size for the last metric by stochastic approximation, averaged."""
         one, longest = torch.ones_like(step_size), _QUARTER_ORBIT / self.kernel.num_leapfrog
-        logs = []
+        logs, own = [], moves.path.metric(metric)
         for i in range(num_steps):
-            state, accepted = moves(state, one, step_size, metric)
+            state, accepted = moves(state, one, step_size, own)
             pull = accepted.mean(0) - self.kernel.target_acceptance
             step_size = (step_size * (pull * (1 + i / 5) ** -0.5).exp()).clamp(max=longest)
             logs.append(step_size.log())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
-from pyro_vharm.inference.path import PathState, path_gradient, path_state
-from pyro_vharm.inference.start import StartDensity, UnitGaussian
+from pyro_vharm.inference.path import AnnealingPath, PathState
+from pyro_vharm.inference.start import FEW_DIMS, StartDensity, UnitGaussian, multiply
 from pyro_vharm.model.compilation import Accelerated, accelerate
 from pyro_vharm.model.densities import UnitDensities
 
@@ -21,7 +22,7 @@ class Transition(NamedTuple):
     """Where a transition ended, and how likely the proposals were to be accepted.
 
     Attributes:
-        state: the latents and the path there.
+        state: the position and the path there.
         acceptance: acceptance probabilities, shape ``(particle, unit)``.
     """
 
@@ -33,14 +34,14 @@ class Transition(NamedTuple):
 class HamiltonianKernel:
     """One Hamiltonian Monte Carlo step, which leaves f_β invariant and is its own reversal.
 
-    In the coordinates e with h = L e, momenta are standard normal and r ← r + ½ε Lᵀ∇log f_β(h),
-    h ← h + ε L r, r ← r + ½ε Lᵀ∇log f_β(h), repeated; then a Metropolis test. A proposal whose
+    In the coordinates e with h = m + L e, momenta are standard normal and r ← r + ½ε ∇log f_β(e),
+    e ← e + ε r, r ← r + ½ε ∇log f_β(e), repeated; then a Metropolis test. A proposal whose
     energy is not finite is rejected. The step size ε of a unit varies at random by ± `jitter` from
     transition to transition, so that no orbit closes on itself.
 
     Args:
         num_leapfrog: leapfrog steps of a transition, one gradient each.
-        whitened: take L from a covariance matrix per unit; otherwise L = 1.
+        whitened: take m and L from a Gaussian per unit; otherwise m = 0 and L = 1.
         target_acceptance: what a pilot tunes step sizes to.
         jitter: relative half-width of the random factor of the step size, in [0, 1).
 
@@ -61,19 +62,78 @@ class HamiltonianKernel:
             raise InputError(f"jitter must lie in [0, 1), not {self.jitter}")
 
     def moves(
-        self, densities: UnitDensities, start: StartDensity, num_particles: int, num_calls: int
+        self,
+        densities: UnitDensities,
+        start: StartDensity,
+        num_particles: int,
+        num_calls: int,
+        *,
+        own_metric: bool = False,
     ) -> HamiltonianMoves:
-        """Transitions along the path from `start`, in the form that the calls ahead pay for."""
-        gaussian = start.gaussian
-        latents = gaussian.mean.expand(num_particles, -1, -1).clone()
-        per_pair = torch.full_like(latents[..., 0], 0.5)
-        per_unit = per_pair[0]
-        momentum = 0.1 + torch.zeros_like(latents)
-        state = path_state(densities, start, latents)
-        inputs = (*state, momentum, per_pair, per_unit, 0.1 * per_unit, *gaussian.fields)
-        trajectory = _Trajectory(start.prior_share, self.num_leapfrog, self.whitened)
-        call = accelerate(trajectory, densities, (*inputs, gaussian.scale_tril), num_calls)
-        return HamiltonianMoves(self, densities, start, call)
+        """Transitions along the path from `start`, in the form that the calls ahead pay for.
+
+        Args:
+            densities: the units.
+            start: f_0.
+            num_particles: of each unit.
+            num_calls: how many transitions lie ahead.
+            own_metric: whether each call brings its own metric; by default it is the start's.
+        """
+        layout = _Layout(dims_first=densities.dim <= FEW_DIMS)
+        path = AnnealingPath(densities, start, self.whitened)
+        gaussian = layout.pack_gaussian(start.gaussian)
+        trajectory = _Trajectory(
+            start.prior_share, self.num_leapfrog, self.whitened, own_metric, layout
+        )
+        inputs = self._example(path, layout, num_particles)
+        further = (*gaussian, gaussian[1]) if own_metric else gaussian
+        call = accelerate(trajectory, densities, (*inputs, *further), num_calls)
+        return HamiltonianMoves(self, path, own_metric, layout, gaussian, call)
+
+    def _example(
+        self, path: AnnealingPath, layout: _Layout, num_particles: int
+    ) -> tuple[Tensor, ...]:
+        """A transition to try: what it depends on, random numbers among it."""
+        mean = path.start.gaussian.mean
+        state = path.state(path.position(mean.expand(num_particles, -1, -1).clone()))
+        per_pair = torch.full_like(state.log_joint, 0.5)
+        momentum = layout.pack(0.1 + torch.zeros_like(state.position), 1)
+        return (*layout.pack_state(state), momentum, per_pair, per_pair[0], 0.1 * per_pair[0])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the tensors of a transition lie in memory.
+
+    Attributes:
+        dims_first: the few dims of latents before particle and unit, so that loops run over units.
+    """
+
+    dims_first: bool
+
+    def pack(self, tensor: Tensor, num_dims: int) -> Tensor:
+        """The last dims first, if so; contiguous."""
+        if self.dims_first:
+            tensor = tensor.movedim(tuple(range(-num_dims, 0)), tuple(range(num_dims)))
+        return tensor.contiguous()
+
+    def unpack(self, tensor: Tensor, num_dims: int) -> Tensor:
+        """The dims where they belong."""
+        if not self.dims_first:
+            return tensor
+        return tensor.movedim(tuple(range(num_dims)), tuple(range(-num_dims, 0)))
+
+    def pack_gaussian(self, gaussian: UnitGaussian) -> tuple[Tensor, Tensor]:
+        """Mean and Cholesky factor."""
+        return self.pack(gaussian.mean, 1), self.pack(gaussian.scale_tril, 2)
+
+    def pack_state(self, state: PathState) -> tuple[Tensor, ...]:
+        """The fields of a state."""
+        return tuple(self.pack(field, field.dim() - 2) for field in state)
+
+    def unpack_state(self, fields: Sequence[Tensor]) -> PathState:
+        """The state of such fields."""
+        return PathState(*(self.unpack(field, field.dim() - 2) for field in fields))
 
 
 @dataclass(frozen=True)
@@ -82,19 +142,37 @@ class HamiltonianMoves:
 
     Attributes:
         kernel: its settings.
-        densities: the units.
-        start: f_0.
+        path: the densities, f_0 and the coordinates that it moves in.
+        own_metric: whether each call brings its own metric.
+        layout: how tensors lie in memory.
+        gaussian: mean and Cholesky factor of the start's Gaussian, in that layout.
         trajectory: the transition as a function of tensors.
     """
 
     kernel: HamiltonianKernel
-    densities: UnitDensities
-    start: StartDensity
+    path: AnnealingPath
+    own_metric: bool
+    layout: _Layout
+    gaussian: tuple[Tensor, Tensor]
     trajectory: Accelerated
+
+    @property
+    def densities(self) -> UnitDensities:
+        """The units."""
+        return self.path.densities
+
+    @property
+    def start(self) -> StartDensity:
+        """f_0."""
+        return self.path.start
 
     def at(self, latents: Tensor) -> PathState:
         """The path at latents ``(particle, unit, dim)``."""
-        return path_state(self.densities, self.start, latents)
+        return self.path.state(self.path.position(latents))
+
+    def latents(self, state: PathState) -> Tensor:
+        """The latents of a state, ``(particle, unit, dim)``."""
+        return self.path.latents(state.position).contiguous()
 
     def draw_start(self, num_particles: int) -> PathState:
         """Draws of f_0."""
@@ -113,80 +191,81 @@ class HamiltonianMoves:
             state: where to start.
             temperature: β per unit, shape ``(unit,)``.
             step_size: ε per unit, shape ``(unit,)``.
-            metric: L per unit, ``(unit, dim, dim)``; by default that of the start's Gaussian.
+            metric: Cholesky factor of a covariance of positions per unit, ``(unit, dim, dim)``, for
+                moves that take their own.
         """
-        gaussian = self.start.gaussian
         noise = torch.rand_like(step_size)
         step_size = step_size * (1 + self.kernel.jitter * (2 * noise - 1))
-        momentum = torch.randn_like(state.latents)
+        fields = self.layout.pack_state(state)
+        momentum = torch.randn_like(fields[0])
         uniform = torch.rand_like(state.log_joint)
-        metric = gaussian.scale_tril if metric is None else metric
-        inputs = (*state, momentum, uniform, temperature, step_size, *gaussian.fields, metric)
+        inputs = (*fields, momentum, uniform, temperature, step_size, *self.gaussian)
+        if self.own_metric:
+            assert metric is not None, "moves that take their own metric need one"
+            inputs = (*inputs, self.layout.pack(metric, 2))
         *moved, acceptance = self.trajectory(*inputs)
-        return Transition(PathState(*moved), acceptance)
+        return Transition(self.layout.unpack_state(moved), acceptance)
 
     def on(self, densities: UnitDensities, start: StartDensity) -> HamiltonianMoves:
         """The same for another batch of the same shape, from a start with as much prior."""
-        trajectory = self.trajectory.on(densities)
-        return replace(self.from_start(start), densities=densities, trajectory=trajectory)
-
-    def from_start(self, start: StartDensity) -> HamiltonianMoves:
-        """The same along the path from another start density with the same share of prior."""
         assert start.prior_share == self.start.prior_share, "it is part of the compiled function"
-        return replace(self, start=start)
+        return replace(
+            self,
+            path=replace(self.path, densities=densities, start=start),
+            gaussian=self.layout.pack_gaussian(start.gaussian),
+            trajectory=self.trajectory.on(densities),
+        )
 
 
 @dataclass(frozen=True)
 class _Trajectory:
-    """A transition as a function of tensors, random numbers among them."""
+    """A transition as a function of tensors in a layout, random numbers among them."""
 
     prior_share: float
     num_leapfrog: int
     whitened: bool
+    own_metric: bool
+    layout: _Layout
 
-    def __call__(
-        self,
-        densities: UnitDensities,
-        latents: Tensor,
-        log_start: Tensor,
-        log_joint: Tensor,
-        start_gradient: Tensor,
-        joint_gradient: Tensor,
-        momentum: Tensor,
-        uniform: Tensor,
-        temperature: Tensor,
-        step_size: Tensor,
-        mean: Tensor,
-        scale_tril: Tensor,
-        metric: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def __call__(self, densities: UnitDensities, *inputs: Tensor) -> tuple[Tensor, ...]:
+        state = self.layout.unpack_state(inputs[:5])
+        momentum = self.layout.unpack(inputs[5], 1)
+        uniform, temperature, step_size = inputs[6:9]
+        mean, scale_tril = self.layout.unpack(inputs[9], 1), self.layout.unpack(inputs[10], 2)
         start = StartDensity(UnitGaussian(mean, scale_tril), self.prior_share)
-        state = PathState(latents, log_start, log_joint, start_gradient, joint_gradient)
-        step = step_size[:, None]
-        moving = momentum + 0.5 * step * self._force(state.gradient(temperature), metric)
-        position = latents + step * self._velocity(moving, metric)
-        for _ in range(self.num_leapfrog - 1):
-            gradient = path_gradient(densities, start, position, temperature)
-            moving = moving + step * self._force(gradient, metric)
-            position = position + step * self._velocity(moving, metric)
-        proposed = path_state(densities, start, position)
-        moving = moving + 0.5 * step * self._force(proposed.gradient(temperature), metric)
+        path = AnnealingPath(densities, start, self.whitened)
+        metric = self.layout.unpack(inputs[11], 2) if self.own_metric and self.whitened else None
+        proposed, moving = self._integrate(path, state, momentum, temperature, step_size, metric)
         before = state.log_density(temperature) - 0.5 * momentum.square().sum(-1)
         after = proposed.log_density(temperature) - 0.5 * moving.square().sum(-1)
         change = (after - before).nan_to_num(nan=-torch.inf)
         acceptance = change.clamp(max=0.0).exp()
-        return *proposed.where(uniform < acceptance, state), acceptance
+        moved = proposed.where(uniform < acceptance, state)
+        return *self.layout.pack_state(moved), acceptance
 
-    def _force(self, gradient: Tensor, metric: Tensor) -> Tensor:
-        """Lᵀ · gradient."""
-        if not self.whitened:
-            return gradient
-        turned: Tensor = torch.einsum("uij,pui->puj", metric, gradient)
-        return turned
+    def _integrate(
+        self,
+        path: AnnealingPath,
+        state: PathState,
+        momentum: Tensor,
+        temperature: Tensor,
+        step_size: Tensor,
+        metric: Tensor | None,
+    ) -> tuple[PathState, Tensor]:
+        """Leapfrog steps to a proposal, and the momentum there."""
+        step = step_size[:, None]
 
-    def _velocity(self, momentum: Tensor, metric: Tensor) -> Tensor:
-        """L · momentum."""
-        if not self.whitened:
-            return momentum
-        turned: Tensor = torch.einsum("uij,puj->pui", metric, momentum)
-        return turned
+        def force(gradient: Tensor) -> Tensor:
+            return gradient if metric is None else multiply(metric.mT, gradient)
+
+        def velocity(momentum: Tensor) -> Tensor:
+            return momentum if metric is None else multiply(metric, momentum)
+
+        moving = momentum + 0.5 * step * force(state.gradient(temperature))
+        position = state.position + step * velocity(moving)
+        for _ in range(self.num_leapfrog - 1):
+            moving = moving + step * force(path.gradient(position, temperature))
+            position = position + step * velocity(moving)
+        proposed = path.state(position)
+        moving = moving + 0.5 * step * force(proposed.gradient(temperature))
+        return proposed, moving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,23 +11,22 @@ from torch import Tensor
 from pyro_vharm.inference.start import StartDensity
 from pyro_vharm.model.densities import UnitDensities
 
-__all__ = ["PathState", "path_gradient", "path_state"]
+__all__ = ["AnnealingPath", "PathState"]
 
 
 class PathState(NamedTuple):
-    """Latents and the two ends of the path there, with gradients.
-
-    The path is log f_β = (1 − β) log f_0 + β log p(v, h; θ), for β from 0 to 1.
+    """Positions and the two ends of the path there, with gradients.
 
     Attributes:
-        latents: shape ``(particle, unit, dim)``.
+        position: coordinates e of the latents, shape ``(particle, unit, dim)``; see
+            `AnnealingPath`.
         log_start: log f_0, shape ``(particle, unit)``.
         log_joint: log p(v, h; θ), shape ``(particle, unit)``.
-        start_gradient: ∇_h log f_0, of the latents' shape.
-        joint_gradient: ∇_h log p(v, h; θ), of the latents' shape.
+        start_gradient: ∇_e log f_0, of the position's shape.
+        joint_gradient: ∇_e log p(v, h; θ), of the position's shape.
     """
 
-    latents: Tensor
+    position: Tensor
     log_start: Tensor
     log_joint: Tensor
     start_gradient: Tensor
@@ -42,7 +42,7 @@ class PathState(NamedTuple):
         return (1 - temperature) * self.log_start + temperature * self.log_joint
 
     def gradient(self, temperature: Tensor) -> Tensor:
-        """∇_h log f_β for β of shape ``(unit,)``."""
+        """∇_e log f_β for β of shape ``(unit,)``."""
         temperature = temperature[:, None]
         return (1 - temperature) * self.start_gradient + temperature * self.joint_gradient
 
@@ -60,29 +60,63 @@ def _like(index: Tensor, field: Tensor) -> Tensor:
     return index if field.dim() == 2 else index[..., None]
 
 
-def path_state(densities: UnitDensities, start: StartDensity, latents: Tensor) -> PathState:
-    """Evaluate both ends of the path at latents ``(particle, unit, dim)``."""
-    with torch.enable_grad():
-        leaf = latents.detach().requires_grad_()
-        log_start, log_joint = _ends(densities, start, leaf)
-        (joint_gradient,) = torch.autograd.grad(log_joint.sum(), leaf, retain_graph=True)
-        (start_gradient,) = torch.autograd.grad(log_start.sum(), leaf)
-    detached = latents.detach(), log_start.detach(), log_joint.detach()
-    return PathState(*detached, start_gradient, joint_gradient)
+@dataclass(frozen=True)
+class AnnealingPath:
+    """The path log f_β = (1 − β) log f_0 + β log p(v, h; θ), for β from 0 to 1.
 
+    Positions e are whitened, h = m + L e with the start's Gaussian N(m, L Lᵀ), or e = h. All
+    densities are those of h.
 
-def path_gradient(
-    densities: UnitDensities, start: StartDensity, latents: Tensor, temperature: Tensor
-) -> Tensor:
-    """∇_h log f_β at latents ``(particle, unit, dim)``, for β of shape ``(unit,)``."""
-    with torch.enable_grad():
-        leaf = latents.detach().requires_grad_()
-        log_start, log_joint = _ends(densities, start, leaf)
-        log_density = (1 - temperature) * log_start + temperature * log_joint
-        (gradient,) = torch.autograd.grad(log_density.sum(), leaf)
-    return gradient
+    Attributes:
+        densities: the units.
+        start: f_0.
+        whitened: whether positions are whitened.
+    """
 
+    densities: UnitDensities
+    start: StartDensity
+    whitened: bool
 
-def _ends(densities: UnitDensities, start: StartDensity, latents: Tensor) -> tuple[Tensor, Tensor]:
-    terms = densities.terms(latents)
-    return start.log_prob(latents, terms.log_prior), terms.log_joint
+    def latents(self, position: Tensor) -> Tensor:
+        """The latents h at positions ``(particle, unit, dim)``."""
+        return self.start.gaussian.unwhiten(position) if self.whitened else position
+
+    def position(self, latents: Tensor) -> Tensor:
+        """The positions e of latents ``(particle, unit, dim)``."""
+        return self.start.gaussian.whiten(latents) if self.whitened else latents
+
+    def metric(self, scale_tril: Tensor) -> Tensor:
+        """A Cholesky factor of a covariance of h as one of e, both ``(unit, dim, dim)``."""
+        if not self.whitened:
+            return scale_tril
+        outer = self.start.gaussian.scale_tril
+        turned: Tensor = torch.linalg.solve_triangular(outer, scale_tril, upper=False)
+        return turned
+
+    def state(self, position: Tensor) -> PathState:
+        """Evaluate both ends of the path at positions ``(particle, unit, dim)``."""
+        with torch.enable_grad():
+            leaf = position.detach().requires_grad_()
+            log_start, log_joint = self._ends(leaf)
+            (joint_gradient,) = torch.autograd.grad(log_joint.sum(), leaf, retain_graph=True)
+            (start_gradient,) = torch.autograd.grad(log_start.sum(), leaf)
+        detached = position.detach(), log_start.detach(), log_joint.detach()
+        return PathState(*detached, start_gradient, joint_gradient)
+
+    def gradient(self, position: Tensor, temperature: Tensor) -> Tensor:
+        """∇_e log f_β at positions ``(particle, unit, dim)``, for β of shape ``(unit,)``."""
+        with torch.enable_grad():
+            leaf = position.detach().requires_grad_()
+            log_start, log_joint = self._ends(leaf)
+            log_density = (1 - temperature) * log_start + temperature * log_joint
+            (gradient,) = torch.autograd.grad(log_density.sum(), leaf)
+        return gradient
+
+    def _ends(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        latents = self.latents(position).contiguous()
+        terms = self.densities.terms(latents)
+        if self.whitened:
+            log_start = self.start.log_prob_whitened(position, terms.log_prior)
+        else:
+            log_start = self.start.log_prob(latents, terms.log_prior)
+        return log_start, terms.log_joint

@@ -15,10 +15,10 @@ from pyro_vharm.model.densities import UnitDensities
 
 __all__ = ["refit_start"]
 
-_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 64, 256, 2**15
+_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 32, 256, 2**15
 _WIDE_SHARE = 0.5
-_FIRST_DRAWS, _DRAWS = 64, 128
-_FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 5, 25
+_FIRST_DRAWS, _DRAWS, _LEAST_MOVES = 64, 64, 3
+_FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 3, 12
 _TYPICAL_STEPS = 20
 
 
@@ -39,19 +39,21 @@ def refit_start(
         densities: the units.
         start: the density to refit; its share of prior is kept.
         kernel: the transitions.
-        num_particles: the least size of the population; at least 64, more where units are few.
+        num_particles: the least size of the population; at least 32, more where units are few.
     """
     affordable = densities.affordable(_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS)
     count, dim = max(num_particles, affordable), densities.dim
     wide = replace(start, prior_share=_WIDE_SHARE)
-    first = -(-(_FIRST_DRAWS + _FIRST_DRAWS_PER_DIM * dim) // count)
-    second = -(-(_DRAWS + _DRAWS_PER_DIM * dim) // count)
-    moves = kernel.moves(densities, wide, count, 2 * _TYPICAL_STEPS + first + second)
-    tempered = temper(moves, count, own_metric=True)
+    first = max(-(-(_FIRST_DRAWS + _FIRST_DRAWS_PER_DIM * dim) // count), _LEAST_MOVES)
+    second = max(-(-(_DRAWS + _DRAWS_PER_DIM * dim) // count), _LEAST_MOVES)
+    ahead = 2 * _TYPICAL_STEPS + first + second
+    moves = kernel.moves(densities, wide, count, ahead, own_metric=True)
+    tempered = temper(moves, count)
     assert tempered.metrics is not None, "asked for"
     state, step_size, metric = tempered.state, tempered.step_sizes[-1], tempered.metrics[-1]
     state, step_size, early = _collect(moves, state, step_size, metric, first)
-    *_, gaussian = _collect(moves, state, step_size, early.scale_tril, second)
+    metric = moves.path.metric(early.scale_tril)
+    *_, gaussian = _collect(moves, state, step_size, metric, second)
     return replace(start, gaussian=gaussian)
 
 
@@ -66,5 +68,5 @@ def _collect(
     one, draws = torch.ones_like(step_size), []
     for _ in range(num_moves):
         state, step_size = tune_step(moves, state, one, step_size, metric)
-        draws.append(state.latents)
+        draws.append(moves.latents(state))
     return state, step_size, match_gaussian(*draws)

@@ -101,7 +101,7 @@ def run_sequence(
             temperature, step_size = plan.temperatures[t + 1], plan.step_sizes[t]
             state, accepted = plan.moves(state, temperature, step_size, plan.metrics[t])
             acceptance = acceptance + accepted / (len(plan.step_sizes) * num_sweeps)
-    return Sequence(state.latents, log_weights, acceptance, dropped)
+    return Sequence(plan.moves.latents(state), log_weights, acceptance, dropped)
 
 
 def _resample_groups(
@@ -214,8 +214,8 @@ class SequentialMonteCarlo:
         if self.start.refit:
             start = refit_start(densities, start, self.kernel, self.num_particles)
         ahead = 2 * _TYPICAL_STEPS * self.num_sweeps
-        moves = self.kernel.moves(densities, start, self.num_particles, ahead)
-        tempered = temper(moves, self.num_particles, own_metric=True, num_sweeps=self.num_sweeps)
+        moves = self.kernel.moves(densities, start, self.num_particles, ahead, own_metric=True)
+        tempered = temper(moves, self.num_particles, num_sweeps=self.num_sweeps)
         assert tempered.metrics is not None, "asked for"
         return SequentialPlan(
             moves=moves,

@@ -12,14 +12,17 @@ from pyro_vharm.errors import InputError
 from pyro_vharm.model.densities import UnitDensities
 
 __all__ = [
+    "FEW_DIMS",
     "MatchedStart",
     "PriorStart",
     "StartDensity",
     "UnitGaussian",
     "match_gaussian",
     "match_start",
+    "multiply",
 ]
 
+FEW_DIMS = 4
 _ROWS_PER_PASS = 2**17
 
 
@@ -49,7 +52,7 @@ class UnitGaussian:
 
     def unwhiten(self, noise: Tensor) -> Tensor:
         """Mean + L · noise, for ``(particle, unit, dim)``."""
-        return self.mean + torch.einsum("uij,puj->pui", self.scale_tril, noise)
+        return self.mean + multiply(self.scale_tril, noise)
 
     def whiten(self, latents: Tensor) -> Tensor:
         """L⁻¹ (latents − mean), for ``(particle, unit, dim)``."""
@@ -68,8 +71,23 @@ class UnitGaussian:
 
     def log_prob(self, latents: Tensor) -> Tensor:
         """Log density, shape ``(particle, unit)``."""
-        square = self.whiten(latents).square().sum(-1)
-        return -0.5 * (square + latents.shape[-1] * math.log(2 * math.pi)) - self.log_abs_det
+        return self.log_prob_whitened(self.whiten(latents))
+
+    def log_prob_whitened(self, noise: Tensor) -> Tensor:
+        """Log density of mean + L · noise, shape ``(particle, unit)``."""
+        square = noise.square().sum(-1)
+        return -0.5 * (square + noise.shape[-1] * math.log(2 * math.pi)) - self.log_abs_det
+
+
+def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Matrices ``(unit, dim, dim)`` times vectors ``(particle, unit, dim)``, unit by unit.
+
+    In few dims by elementwise products, which a compiler fuses with what comes before and after.
+    """
+    if matrix.shape[-1] > FEW_DIMS:
+        product: Tensor = torch.einsum("uij,puj->pui", matrix, vectors)
+        return product
+    return (matrix * vectors.unsqueeze(-2)).sum(-1)
 
 
 class _Moments:
@@ -154,7 +172,15 @@ class StartDensity:
         """Log density, shape ``(particle, unit)``, given log p(h; θ) at the same latents."""
         if self.prior_share == 1:
             return log_prior
-        gaussian = self.gaussian.log_prob(latents)
+        return self._mix(self.gaussian.log_prob(latents), log_prior)
+
+    def log_prob_whitened(self, noise: Tensor, log_prior: Tensor) -> Tensor:
+        """The same at latents mean + L · noise of the Gaussian."""
+        if self.prior_share == 1:
+            return log_prior
+        return self._mix(self.gaussian.log_prob_whitened(noise), log_prior)
+
+    def _mix(self, gaussian: Tensor, log_prior: Tensor) -> Tensor:
         if self.prior_share == 0:
             return gaussian
         return torch.logaddexp(

@@ -27,8 +27,8 @@ class Tempered(NamedTuple):
         state: particles at β = 1, with equal weights.
         length: the path's thermodynamic length per unit.
         step_sizes: tuned at each knot after the first, shape ``(knot − 1, unit)``.
-        metrics: Cholesky factors of the population's covariance at each knot after the first,
-            shape ``(knot − 1, unit, dim, dim)``; ``None`` if a metric was given.
+        metrics: Cholesky factors of the covariance of the population's positions at each knot after
+            the first, shape ``(knot − 1, unit, dim, dim)``; ``None`` for moves that take none.
     """
 
     state: PathState
@@ -39,7 +39,7 @@ class Tempered(NamedTuple):
 
 def first_step_sizes(state: PathState) -> Tensor:
     """Where the tuning of step sizes begins, shape ``(unit,)``."""
-    dim = state.latents.shape[-1]
+    dim = state.position.shape[-1]
     return torch.full_like(state.log_joint[0], _FIRST_STEP_SIZE * dim**-0.25)
 
 
@@ -56,9 +56,7 @@ def tune_step(
     return state, step_size * pull.exp()
 
 
-def temper(
-    moves: HamiltonianMoves, num_particles: int, *, own_metric: bool, num_sweeps: int = 2
-) -> Tempered:
+def temper(moves: HamiltonianMoves, num_particles: int, *, num_sweeps: int = 2) -> Tempered:
     """Take draws of the start density to the posterior, in steps that each unit chooses.
 
     A unit's next β is the farthest at which the effective sample size of the incremental weights
@@ -66,9 +64,8 @@ def temper(
     weights prove nothing: this is for pilots.
 
     Args:
-        moves: the transitions.
+        moves: the transitions; those that take their own metric get the population's at each step.
         num_particles: the size of the population of each unit.
-        own_metric: whiten moves by the population's own covariance at each step.
         num_sweeps: transitions at each temperature.
 
     Source: "Inference for Lévy-driven stochastic volatility models via adaptive sequential Monte
@@ -87,7 +84,7 @@ def temper(
         lengths.append(lengths[-1] + relative_variance(increments).log1p().sqrt())
         knots.append(reached)
         state = state.take(systematic_resample(increments))
-        metric = match_gaussian(state.latents).scale_tril if own_metric else None
+        metric = match_gaussian(state.position).scale_tril if moves.own_metric else None
         for _ in range(num_sweeps):
             state, step_size = tune_step(moves, state, reached, step_size, metric)
         temperature = reached

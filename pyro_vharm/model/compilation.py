@@ -99,7 +99,7 @@ def traced(function: Function, densities: UnitDensities, inputs: Sequence[Tensor
 
     with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own code
-        graph = make_fx(lambda *tensors: flat(*tensors))(*_contiguous(inputs), *lifted)
+        graph = make_fx(lambda *tensors: flat(*tensors))(*_apart(inputs), *_apart(lifted))
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.recompile()
     _refuse_random(graph)
@@ -142,10 +142,13 @@ def accelerate(
         UncompiledWarning: once for each function and model, if it cannot be traced or compiled.
     """
     plain = eager(function, densities)
+    started = time.perf_counter()
     expected = plain(*inputs)
-    started = time.perf_counter()  # of a second call: the first is slower by what it sets up
-    plain(*inputs)
     work = num_calls * (time.perf_counter() - started)
+    if work >= _WORTH_TRACING:  # the first call is slower by what it sets up
+        started = time.perf_counter()
+        plain(*inputs)
+        work = num_calls * (time.perf_counter() - started)
     key = _key(function, densities, inputs)
     if _is_new_to_this_call(key) and work < _WORTH_TRACING:
         return plain
@@ -307,7 +310,18 @@ def _batch_tensors(batch: Batch) -> tuple[Tensor, ...]:
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(tensor.contiguous() for tensor in tensors)
+    return tuple(_with_usual_strides(tensor) for tensor in tensors)
+
+
+def _with_usual_strides(tensor: Tensor) -> Tensor:
+    """Contiguous; dims of size 1 may still have any stride, and each makes code compile anew."""
+    tensor = tensor.contiguous()
+    return tensor.view(-1).view(tensor.shape) if 1 in tensor.shape else tensor
+
+
+def _apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Contiguous copies: of one tensor given twice a trace would make one input."""
+    return tuple(_with_usual_strides(tensor).clone() for tensor in tensors)
 
 
 def _content(batch: Batch) -> tuple[Any, ...]:

@@ -211,9 +211,10 @@ class MarkovChainEM(UnitObjective):
             for _ in range(self.num_transitions):
                 state, accepted = moves(state, one, carried.step_size * one)
                 acceptance = acceptance + accepted.mean(0) / self.num_transitions
+            latents = moves.latents(state)
         pull = float(acceptance.mean()) - self.kernel.target_acceptance
         carried.step_size *= math.exp(_GAIN * pull)
-        return _Particles(state.latents, state.log_joint, acceptance)
+        return _Particles(latents, state.log_joint, acceptance)
 
     def _moves(
         self, densities: UnitDensities, start: StartDensity, carried: _Carried
