@@ -174,9 +174,12 @@ def test_svi_and_a_torch_optimizer_reach_the_maximum(kind):
     auto = kind(model)
     objective = vh.MarkovChainEM(4, num_transitions=3)
     svi = SVI(model, auto, pyro.optim.Adam({"lr": 0.05}), objective)
-    for _ in range(150):
+    reached = []
+    for _ in range(250):
         svi.step(v)
-    assert abs(float(pyro.param("scale").detach()) - exact) < 0.08 * exact
+        reached.append(float(pyro.param("scale").detach()))
+    average = sum(reached[100:]) / 150  # single steps of a fixed size wander
+    assert abs(average - exact) < 0.08 * exact
     assert pyro.get_param_store()["scale"].requires_grad
     samples = Predictive(model, guide=auto, num_samples=400)(v)["h"]
     wanted = v * exact**2 / (1 + exact**2)
