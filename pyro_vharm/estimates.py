@@ -122,6 +122,10 @@ class UnitEstimates:
             systematic=systematic,
         )
 
+    def with_errors_times(self, scale: float) -> UnitEstimates:
+        """The same values with all errors multiplied."""
+        return replace(self, mc_errors=scale * self.mc_errors, systematic=scale * self._allowance())
+
     def pooled(self) -> UnitEstimates:
         """All units as one value."""
         return UnitEstimates(

@@ -1,17 +1,14 @@
 """Bridge sampling: exact cases, its standard error, wrong twins, and mass that chains miss."""
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
 import pyro_vharm as vh
 from pyro_vharm.inference.bridge import build_bridge
-from pyro_vharm.inference.start import StartDensity
-from pyro_vharm.model.problem import prepare
 from tests.statistics import assert_mean, rejects
-from tests.zoo import linear_gaussian, linear_gaussian_posterior
-from tests.zoo.hard import correlated, eight_schools, far_modes, funnel
+from tests.zoo import linear_gaussian
+from tests.zoo.hard import correlated, eight_schools, far_modes, funnel, uniform_binomial
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_vharm.JointUnitWarning")
 BRIDGE = vh.BridgeSampling(vh.HamiltonianMonteCarlo(num_draws=100, num_warmup=100))
@@ -22,19 +19,15 @@ def evidence_of(case, method=BRIDGE, **options):
     return vh.log_evidence(case.model, case.data, **options)
 
 
-def test_law_1_from_the_posterior_every_ratio_is_the_evidence():
-    case = linear_gaussian()
-    densities = prepare(case.model, case.guide, case.data).densities[0]
-    start = StartDensity(linear_gaussian_posterior(case.data[0]), 0.0)
-    run = BRIDGE.run(densities, start=start)
-    assert (run.log_evidence.values - case.exact).abs().max() < 1e-9
-    assert float(run.log_evidence.errors.max()) < 1e-9
-
-
 @pytest.mark.parametrize(
     "make",
-    [linear_gaussian, lambda: correlated(20, 0.9), lambda: eight_schools(False)],
-    ids=["linear Gaussian", "correlated in 20", "eight schools"],
+    [
+        linear_gaussian,
+        uniform_binomial,
+        lambda: correlated(20, 0.9),
+        lambda: eight_schools(False),
+    ],
+    ids=["linear Gaussian", "beta-binomial", "correlated in 20", "eight schools"],
 )
 def test_exact_cases(make):
     case = make()
@@ -45,19 +38,6 @@ def test_exact_cases(make):
     assert evidence.lower().kind is vh.Kind.CONDITIONAL
     assert evidence.lower().value < evidence.per_unit.total().value < evidence.upper().value
     assert "R̂" in str(evidence)
-
-
-def test_a_beta_binomial():
-    v = torch.tensor([2.0])
-
-    def model(v):
-        with pyro.plate("units", len(v)):
-            chance = pyro.sample("chance", dist.Beta(torch.ones_like(v), torch.ones_like(v)))
-            pyro.sample("v", dist.Binomial(10, chance), obs=v)
-
-    evidence = vh.log_evidence(model, (v,), method=BRIDGE, confirmation=None, progress=False)
-    total = evidence.per_unit.total()
-    assert abs(total.value + float(torch.tensor(11.0).log())) < 5 * total.mc_error
 
 
 def gaussian_ratios(num_units, shift=0.4, wide=1.3):

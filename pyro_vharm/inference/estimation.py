@@ -12,6 +12,7 @@ from pyro_vharm.particles import (
     Particles,
     log_mean_exp,
     log_mean_exp_error,
+    relative_variance,
     replicate_totals,
 )
 
@@ -27,7 +28,25 @@ def estimate_units(run: Particles) -> UnitEstimates:
     if run.numerical_error is not None:
         return UnitEstimates(value, torch.zeros_like(value), run.kind, run.numerical_error)
     error, correction = log_mean_exp_error(log_weights)
+    error = torch.hypot(error, _unseen_error(run))
     return UnitEstimates(value + correction, error, run.kind, _disagreement(run))
+
+
+def _unseen_error(run: Particles) -> Tensor:
+    """Standard error that a unit's pilot foresaw and its weights do not show, ``(unit,)``.
+
+    A few weights may all be alike by chance, as when none of 16 particles came from the share of
+    prior in their start: then they lie off by more than they differ. The pilot's weights are
+    another sample of the same; where their relative variance is larger, the mean of both counts.
+    That makes the mean squared error at most half too large.
+    """
+    log_weights = run.independent_log_weights
+    if run.pilot_variance is None:
+        return torch.zeros_like(log_weights[0])
+    seen = relative_variance(log_weights)
+    more = (run.pilot_variance - seen).clamp(min=0.0)
+    finite = torch.where(torch.isfinite(more), more, 0.0)  # a pilot without weights says nothing
+    return (0.5 * finite / len(log_weights)).sqrt()
 
 
 def _disagreement(run: Particles) -> Tensor | None:

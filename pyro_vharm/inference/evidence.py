@@ -42,7 +42,8 @@ class Evidence:
     """Log evidence ℓ = Σ_u log p(v_u; θ), in nats.
 
     Attributes:
-        per_unit: estimates of log p(v_u; θ), corrected for the first-order bias of the logarithm.
+        per_unit: estimates of log p(v_u; θ), corrected for the first-order bias of the logarithm;
+            their errors are larger where a second method finds more, see `Agreement.error_scale`.
         lower_replicates: totals of independent stochastic lower bounds, shape ``(M,)``;
             ``None`` for quadrature, enumeration and bridge sampling.
         upper_replicates: totals of independent stochastic upper bounds, shape ``(M,)``, from runs
@@ -275,9 +276,10 @@ def estimate_evidence(
     agreement = None
     if confirmation is not None and runs[0].kind > Kind.NUMERICAL:
         agreement = confirm(densities, per_unit, choice.method, confirmation, progress)
+    scale = 1.0 if agreement is None else agreement.error_scale
     lower, upper = _replicates(runs, delta)
     return Evidence(
-        per_unit=concatenate(per_unit),
+        per_unit=concatenate(per_unit).with_errors_times(scale),
         lower_replicates=lower,
         upper_replicates=upper,
         effective_sizes=torch.cat([effective_sample_size(run.log_weights) for run in runs]),

@@ -74,6 +74,22 @@ def funnel(dim=9):
     return Case("funnel", model, guide, (v,), v)
 
 
+def uniform_binomial():
+    """h uniform on (0, 1), 2 of 10 heads: every number of heads has probability 1/11."""
+    v = torch.tensor([2.0])
+
+    def model(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Beta(torch.ones_like(v), torch.ones_like(v)))
+            pyro.sample("v", dist.Binomial(10, h), obs=v)
+
+    def guide(v):
+        with pyro.plate("units", len(v)):
+            pyro.sample("h", dist.Beta(v + 0.5, 10.5 - v))
+
+    return Case("uniform binomial", model, guide, (v,), torch.tensor([1 / 11]).log())
+
+
 EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
 ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
 
