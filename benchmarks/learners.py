@@ -18,7 +18,9 @@ import torch
 from torch.distributions import transform_to
 
 import pyro_vharm as vh
-from benchmarks.harmed_models import HARMED_MODELS, HarmedModel, collapsed_mixture
+from benchmarks.discrete_models import collapsed_mixture
+from benchmarks.exact_optima import HarmedModel
+from benchmarks.harmed_models import HARMED_MODELS
 from benchmarks.learning_time import learn_from_here
 from pyro_vharm.learning.learners import Learner
 from pyro_vharm.model.parameters import Parameters
@@ -89,10 +91,13 @@ def leave_the_saddle(seed: int) -> list[tuple[str, ...]]:
     harmed = collapsed_mixture()
     harmed.install()
     found = vh.inference_gap(harmed.model, harmed.guide, harmed.data, progress=False)
+    assert found.gap is not None, "a guide of discrete sites has a bound"
     gap = found.gap.total().value
     score = float(_score(harmed).norm())
     harm = nats(harmed.lost_at(harmed.learned))
-    rows = [(harmed.name, "none", harm, harm, "", "", f"gap {gap:.1e}, |score| {score:.1e}")]
+    rows: list[tuple[str, ...]] = [
+        (harmed.name, "none", harm, harm, "", "", f"gap {gap:.1e}, |score| {score:.1e}")
+    ]
     for name in ("exact", "EM, long"):
         reference = vh.learn_reference(
             harmed.model, harmed.data, guide=harmed.guide, learner=LEARNERS[name],
