@@ -34,6 +34,7 @@ docs: $(READY)
 examples: $(READY)
 	$(RUN)/python examples/digits_vae.py --epochs 20 --reference-steps 50 --out out/ci
 	$(RUN)/python examples/two_causes.py --steps 100 --out out/ci
+	$(RUN)/python examples/repair.py --steps 200 --guide-steps 100
 	$(RUN)/python examples/nile.py --steps 200 --temperatures 3 --out out/ci
 
 $(READY): pyproject.toml .ci/find_python
