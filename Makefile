@@ -38,6 +38,7 @@ examples: $(READY)
 	$(RUN)/python examples/digits_vae.py --images 100 --epochs 20 --reference-steps 50 --out out/ci
 	$(RUN)/python examples/two_causes.py --units 60 --steps 100 --out out/ci
 	$(RUN)/python examples/nile.py --steps 200 --guide-steps 100 --temperatures 3 --out out/ci
+	$(RUN)/python examples/repair.py --steps 200 --guide-steps 100
 
 $(READY): pyproject.toml .ci/find_python
 	PYTHON="$$(sh .ci/find_python)" && "$$PYTHON" -m venv --clear $(VENV)

@@ -17,9 +17,11 @@ from pyro.infer.autoguide import (
     init_to_median,
 )
 
-from pyro_vharm import AnnealedELBO, InputError
+from pyro_vharm import AnnealedELBO, GradientLearner, History, InputError
+from pyro_vharm.learning.journal import Journal
+from pyro_vharm.learning.learning_run import LearningRun
 from pyro_vharm.model.data import Batch
-from pyro_vharm.model.problem import checked_densities
+from pyro_vharm.model.problem import checked_densities, prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.objectives import annealed
 from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
@@ -342,3 +344,22 @@ def test_what_it_cannot_move_is_refused():
 def test_wrong_arguments(options, message):
     with pytest.raises(InputError, match=message):
         AnnealedELBO(**options)
+
+
+def test_the_history_of_a_learner_leaves_its_parameters_out():
+    """They are not in the user's param store, so a checkpoint that held them could not be set."""
+
+    def model(v):
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(0.0, scale))
+            pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+    problem = prepare(model, AutoNormal(model), (torch.tensor([3.0, -2.0, 1.0]),))
+    with untouched(0, model, problem.guide):
+        run = LearningRun(problem, Journal(), False)
+        objective = AnnealedELBO(2, num_steps=1)
+        GradientLearner(objective, num_steps=2, max_rounds=1).learn(run)
+        assert f"{objective.name}.damping" in pyro.get_param_store()
+    with History(model, problem.guide, tuple(run.checkpoints)).at(0) as checkpoint:
+        assert "scale" in checkpoint.values

@@ -20,6 +20,7 @@ from pyro_vharm.learning.history import Checkpoint, take_checkpoint
 from pyro_vharm.learning.journal import Journal
 from pyro_vharm.model.minibatches import cut_units
 from pyro_vharm.model.problem import Problem
+from pyro_vharm.model.snapshots import live_tensors
 
 __all__ = ["Ending", "LearningRun", "Values", "is_higher", "quick_choice", "watch"]
 
@@ -69,6 +70,10 @@ class LearningRun:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     num_steps: int = 0
     _probe: Problem | None = None
+    _own: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self._own = frozenset(live_tensors(self.problem.model, self.problem.guide))
 
     def values(self) -> Values:
         """θ and φ as they are now."""
@@ -139,9 +144,10 @@ class LearningRun:
         if kept and kept[-1].step == self.num_steps:
             known = kept.pop().scalars
         numbers = {**known, **scalars}
-        kept.append(
-            take_checkpoint(self.problem.model, self.problem.guide, self.num_steps, numbers)
-        )
+        taken = take_checkpoint(self.problem.model, self.problem.guide, self.num_steps, numbers)
+        # parameters of an objective are in Pyro's store while it trains, and not afterwards
+        own = {name: value for name, value in taken.values.items() if name in self._own}
+        kept.append(replace(taken, values=own))
 
 
 def _probe(problem: Problem) -> Problem:

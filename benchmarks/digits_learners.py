@@ -1,0 +1,189 @@
+"""The evidence that each learner of a digits VAE reaches, against time, from the same θ̂.
+
+θ̂ is where ordinary SVI left the model of ``examples/digits_vae.py``. Each learner then has the
+same seconds of CPU on one thread. Evidence on the way is measured afterwards, by one annealed
+importance sampling for all, with random numbers that no learner saw. Run with
+``python -m benchmarks.digits_learners``; with ``--draw`` it draws what an earlier run wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pyro
+import torch
+from matplotlib.figure import Figure
+
+import pyro_vharm as vh
+from benchmarks.learning_time import Learned, learn_from_here
+from examples.digits_vae import load_images, make_vae, train
+from pyro_vharm.inference.choice import Choice
+from pyro_vharm.inference.evidence import estimate_evidence
+from pyro_vharm.learning.learners import Learner
+from pyro_vharm.model.problem import Problem, prepare
+from pyro_vharm.model.state import untouched
+from pyro_vharm.objectives.objective import UnitObjective
+
+__all__ = ["draw", "main", "measure"]
+
+_METHOD = vh.AnnealedImportanceSampling(8, num_steps=20, start=vh.MatchedStart(refit=True))
+_TRAIN_IMAGES = 500  # on which evidence is measured
+_TRIAL_STEPS = 60
+_COLOURS = ("#7f8694", "#d98e32", "#7a5195", "#2f8f6b", "#bf3f4a")
+_NAMES = {
+    "elbo": "ELBO, continued",
+    "iw": "importance weights, K = 50",
+    "annealed": "annealed bound, 4 × 5",
+    "chains": "Markov chain EM, 8 × 5",
+    "climbing": "climbing: K = 10, K = 50, Markov chain EM",
+}
+_OBJECTIVES: dict[str, UnitObjective] = {
+    "elbo": vh.ImportanceWeightedELBO(1),
+    "iw": vh.ImportanceWeightedELBO(50),
+    "annealed": vh.AnnealedELBO(4, num_steps=5),
+    "chains": vh.MarkovChainEM(8, chains=vh.PersistentChains()),
+}
+_CLIMB = {"iw10": 0.25, "iw": 0.25, "chains": 0.5}  # shares of the time
+
+type Curve = list[dict[str, float]]
+
+
+def _learner(objective: UnitObjective, num_steps: int) -> vh.GradientLearner:
+    return vh.GradientLearner(objective, num_steps=num_steps, max_rounds=1)
+
+
+def _seconds_per_step(problem: Problem, objective: UnitObjective, seed: int) -> float:
+    """By the second half of a short trial: the first may compile."""
+    learned = learn_from_here(problem, _learner(objective, _TRIAL_STEPS), seed)
+    at = {point.step: point.scalars["seconds"] for point in learned.checkpoints if point.step}
+    first = min(step for step in at if step >= _TRIAL_STEPS // 2)
+    last = max(step for step in at if step < _TRIAL_STEPS)  # the last one waits for the evidence
+    return (at[last] - at[first]) / (last - first)
+
+
+def _learners(problem: Problem, budget: float, seed: int) -> dict[str, tuple[Learner, float]]:
+    """Learners of equal budgets in seconds, with the seconds of a step where there is one kind."""
+    objectives = {**_OBJECTIVES, "iw10": vh.ImportanceWeightedELBO(10)}
+    cost = {name: _seconds_per_step(problem, obj, seed) for name, obj in objectives.items()}
+
+    def gradient(name: str, share: float = 1.0) -> vh.GradientLearner:
+        return _learner(objectives[name], max(int(share * budget / cost[name]), 1))
+
+    learners: dict[str, tuple[Learner, float]] = {
+        name: (gradient(name), cost[name]) for name in _OBJECTIVES
+    }
+    stages = tuple(gradient(name, share) for name, share in _CLIMB.items())
+    return {**learners, "climbing": (vh.ClimbingLearner(stages), math.nan)}
+
+
+def _evidence(problem: Problem, seed: int) -> tuple[float, float]:
+    """Log evidence per image, with its Monte Carlo error, at the parameters as they are."""
+    with untouched(seed, problem.model, problem.guide):
+        found = estimate_evidence(problem.densities, Choice(_METHOD)).per_unit.total().per_unit
+    return found.value, found.mc_error
+
+
+def _curve(learned: Learned, train_part: Problem, heldout: Problem, points: int) -> Curve:
+    """Evidence at a few checkpoints, evenly chosen by number."""
+    kept = [point for point in learned.checkpoints if "seconds" in point.scalars]
+    chosen = sorted({round(i * (len(kept) - 1) / (points - 1)) for i in range(points)})
+    history = vh.History(train_part.model, train_part.guide, tuple(kept))
+    curve = []
+    for i in chosen:
+        with history.at(i) as point:
+            values = {"seconds": point.scalars["seconds"], "step": float(point.step)}
+            for name, problem in (("train", train_part), ("heldout", heldout)):
+                values[name], values[f"{name}_error"] = _evidence(problem, seed=1000)
+        curve.append(values)
+    return curve
+
+
+def measure(*, epochs: int, budget: float, points: int, seed: int) -> dict[str, Any]:
+    """Train by SVI, let every learner go from there, and measure evidence on the way."""
+    images, heldout_images = load_images()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    model, guide = make_vae()
+    train(model, guide, images, epochs, seed)
+    problem = prepare(model, guide, (images,))
+    train_part = prepare(model, guide, (images[:_TRAIN_IMAGES],))
+    heldout = prepare(model, guide, (heldout_images,))
+    curves: dict[str, Any] = {}
+    for name, (learner, cost) in _learners(problem, budget, seed).items():
+        learned = learn_from_here(problem, learner, seed)
+        curve = _curve(learned, train_part, heldout, points)
+        curves[name] = {
+            "seconds_per_step": cost,
+            "seconds": learned.seconds,
+            "num_steps": learned.num_steps,
+            "ending": str(learned.ending),
+            "curve": curve,
+        }
+        print(_row(name, curves[name]), flush=True)
+    return {"epochs": epochs, "budget": budget, "seed": seed, "curves": curves}
+
+
+def _row(name: str, found: Mapping[str, Any]) -> str:
+    last = found["curve"][-1]
+    cells = [f"{last[part]:10.3f} ± {last[f'{part}_error']:.3f}" for part in ("train", "heldout")]
+    return f"{_NAMES[name]:44}{found['num_steps']:>8}{found['seconds']:>8.0f} s" + "".join(cells)
+
+
+def draw(found: Mapping[str, Any]) -> Figure:
+    """Evidence per image against seconds of CPU, on training and on held-out images."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharex=True, layout="constrained")
+    titles = {"train": "training images", "heldout": "held-out images"}
+    for axis, (part, title) in zip(axes, titles.items(), strict=True):
+        for colour, (name, learned) in zip(_COLOURS, found["curves"].items(), strict=True):
+            curve = learned["curve"]
+            seconds, values = ([point[key] for point in curve] for key in ("seconds", part))
+            errors = [2 * point[f"{part}_error"] for point in curve]
+            axis.errorbar(seconds, values, errors, color=colour, label=_NAMES[name], lw=1.4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("seconds of CPU after SVI", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("log evidence, nats per image", fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+    )
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print a table, and write numbers and figure; or draw numbers that are there."""
+    parser = argparse.ArgumentParser(description="Evidence of digits learners against time.")
+    parser.add_argument("--epochs", type=int, default=600, help="passes of SVI")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds of CPU per learner")
+    parser.add_argument("--points", type=int, default=8, help="measured on each curve")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--draw", type=Path, help="numbers of an earlier run, to be drawn only")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.draw is None:
+        found = measure(
+            epochs=options.epochs,
+            budget=options.budget,
+            points=options.points,
+            seed=options.seed,
+        )
+        (options.out / "learners_digits.json").write_text(json.dumps(found, indent=1))
+    else:
+        found = json.loads(options.draw.read_text())
+    draw(found).savefig(options.out / "learners_digits.png", dpi=200)
+
+
+if __name__ == "__main__":
+    main()
