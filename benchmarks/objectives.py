@@ -82,10 +82,16 @@ class EagerKernel(vh.HamiltonianKernel):
     """Runs the model by Pyro at every leapfrog step."""
 
     def moves(
-        self, densities: UnitDensities, start: StartDensity, num_particles: int, num_calls: int
+        self,
+        densities: UnitDensities,
+        start: StartDensity,
+        num_particles: int,
+        num_calls: int,
+        *,
+        own_metric: bool = False,
     ) -> HamiltonianMoves:
         """Transitions that are never traced."""
-        found = super().moves(densities, start, num_particles, 1)
+        found = super().moves(densities, start, num_particles, 1, own_metric=own_metric)
         return replace(found, trajectory=eager(found.trajectory.function, densities))
 
 
@@ -94,10 +100,16 @@ class CompiledKernel(vh.HamiltonianKernel):
     """Compiles its transitions whatever the work ahead."""
 
     def moves(
-        self, densities: UnitDensities, start: StartDensity, num_particles: int, num_calls: int
+        self,
+        densities: UnitDensities,
+        start: StartDensity,
+        num_particles: int,
+        num_calls: int,
+        *,
+        own_metric: bool = False,
     ) -> HamiltonianMoves:
         """Compiled transitions."""
-        return super().moves(densities, start, num_particles, _WORTH_ALL)
+        return super().moves(densities, start, num_particles, _WORTH_ALL, own_metric=own_metric)
 
 
 @dataclass(frozen=True)
@@ -105,10 +117,16 @@ class GraphKernel(CompiledKernel):
     """The same graphs, before they are compiled."""
 
     def moves(
-        self, densities: UnitDensities, start: StartDensity, num_particles: int, num_calls: int
+        self,
+        densities: UnitDensities,
+        start: StartDensity,
+        num_particles: int,
+        num_calls: int,
+        *,
+        own_metric: bool = False,
     ) -> HamiltonianMoves:
         """Traced transitions."""
-        found = super().moves(densities, start, num_particles, num_calls)
+        found = super().moves(densities, start, num_particles, num_calls, own_metric=own_metric)
         graph = found.trajectory.graph
         assert graph is not None, "it was compiled from one"
         return replace(found, trajectory=replace(found.trajectory, call=graph, form="graph"))
