@@ -46,11 +46,13 @@ class AnnealedPlan(NamedTuple):
         moves: transitions along the path from the normalised density f_0 to the joint density.
         temperatures: 0 = β_0 < … < β_T = 1 per unit, shape ``(T + 1, unit)``.
         step_sizes: of the transition at each β_t, t ≥ 1, per unit, shape ``(T, unit)``.
+        pilot_variance: var(w)/mean(w)² of the pilot's own weights, shape ``(unit,)``.
     """
 
     moves: HamiltonianMoves
     temperatures: Tensor
     step_sizes: Tensor
+    pilot_variance: Tensor
 
     @property
     def num_steps(self) -> int:
@@ -227,11 +229,11 @@ class AnnealedImportanceSampling:
                 ready = ready.all().expand_as(ready)
             good = ready.nonzero().flatten()
             if len(good) == len(pending):
-                done.append((pending, self._count(plan, variance, own)))
+                done.append((pending, self._count(plan, own)))
             elif len(good) and select is not None:
                 chosen = self._plan_of(select(pending[good]), plan, good)
                 some = None if own is None else own[:, good]
-                done.append((pending[good], self._count(chosen, variance[good], some)))
+                done.append((pending[good], self._count(chosen, some)))
             report(len(good))
             left = (~ready).nonzero().flatten()
             if len(left) and select is not None and len(left) < len(pending):
@@ -316,19 +318,26 @@ class AnnealedImportanceSampling:
             for _ in range(_PILOT_SWEEPS):
                 state, step_size = tune_step(moves, state, temperatures[t], step_size)
             step_sizes.append(step_size)
-        plan = AnnealedPlan(moves, temperatures, torch.stack(step_sizes))
         log_weights, _ = drop_nonfinite(log_weights)
-        variance = torch.maximum(relative_variance(log_weights), _lognormal_variance(log_weights))
+        seen = relative_variance(log_weights).nan_to_num(nan=math.inf)  # without any weight
+        plan = AnnealedPlan(moves, temperatures, torch.stack(step_sizes), seen)
+        variance = torch.maximum(seen, _lognormal_variance(log_weights))
         if self.schedule.needs_length:
             least = (length.lengths[-1].square() / num_steps).expm1()
-            variance = torch.maximum(variance, least.clamp(max=self.num_particles))
+            least = least.nan_to_num(nan=math.inf).clamp(max=self.num_particles)
+            variance = torch.maximum(variance, least)
         return plan, variance
 
     def _plan_of(self, densities: UnitDensities, plan: AnnealedPlan, units: Tensor) -> AnnealedPlan:
         moves = self._moves(densities, plan.moves.start.select(units), plan.num_steps)
-        return AnnealedPlan(moves, plan.temperatures[:, units], plan.step_sizes[:, units])
+        return AnnealedPlan(
+            moves,
+            plan.temperatures[:, units],
+            plan.step_sizes[:, units],
+            plan.pilot_variance[units],
+        )
 
-    def _count(self, plan: AnnealedPlan, variance: Tensor, exact: Tensor | None) -> Particles:
+    def _count(self, plan: AnnealedPlan, exact: Tensor | None) -> Particles:
         """The runs that count, with everything frozen."""
         densities = plan.moves.densities
         latents = plan.moves.start.sample(densities, self.num_particles)
@@ -344,10 +353,10 @@ class AnnealedImportanceSampling:
             unconstrained=forward.latents,
             log_weights=log_weights,
             kind=Kind.ESTIMATED,
-            pilot_variance=variance,
+            pilot_variance=plan.pilot_variance,
             reverse_log_weights=reverse_log_weights,
             acceptance=forward.acceptance.mean(0),
-            num_steps=torch.full_like(variance, plan.num_steps),
+            num_steps=torch.full_like(plan.pilot_variance, plan.num_steps),
             pareto_shapes=self._shapes(log_weights),
             num_nonfinite=dropped + dropped_reverse,
         )
