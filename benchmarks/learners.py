@@ -35,13 +35,13 @@ _NO_GUIDE = vh.GuideTraining(0)
 _HEADER = ("model", "learner", "harm at θ̂", "still missing", "steps", "CPU s", "how it ended")
 
 
-def _gradient(objective: UnitObjective, max_rounds: int = 2) -> vh.GradientLearner:
+def _gradient(objective: UnitObjective) -> vh.GradientLearner:
     return vh.GradientLearner(
         objective,
         num_steps=1000,
         learning_rate=0.01,
         batch_size=1000,
-        max_rounds=max_rounds,
+        max_rounds=2,
         guide_training=_NO_GUIDE,
     )
 
@@ -55,11 +55,7 @@ LEARNERS: dict[str, Learner] = {
     "annealed": _gradient(vh.AnnealedELBO(4, num_steps=5)),
     "chains": _gradient(_CHAINS),
     "climbing": vh.ClimbingLearner(
-        (
-            _gradient(vh.ImportanceWeightedELBO(10), max_rounds=1),
-            _gradient(vh.ImportanceWeightedELBO(50), max_rounds=2),
-            _gradient(_CHAINS),
-        ),
+        (_gradient(vh.ImportanceWeightedELBO(50)), _gradient(_CHAINS)),
         guide_training=_NO_GUIDE,
     ),
 }

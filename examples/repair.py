@@ -57,18 +57,22 @@ def make_guide() -> PyroFunction:
     return guide
 
 
+def objective(num_particles: int) -> Trace_ELBO:
+    """The ELBO, averaged over draws."""
+    return Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
+
+
 def train(guide: PyroFunction, v: Tensor, num_steps: int) -> None:
     """Ordinary SVI."""
     optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.01 ** (1 / num_steps)})
-    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=4, vectorize_particles=True))
+    svi = SVI(model, guide, optimizer, objective(4))
     for _ in range(num_steps):
         svi.step(v)
 
 
 def elbo(guide: PyroFunction, v: Tensor) -> float:
     """Per unit, at the parameters as they are."""
-    objective = Trace_ELBO(num_particles=500, vectorize_particles=True)
-    loss: float = objective.loss(model, guide, v)
+    loss: float = objective(500).loss(model, guide, v)
     return -loss / len(v)
 
 

@@ -49,8 +49,8 @@ class Learner(Protocol):
 
 
 def _stages() -> tuple[Learner, ...]:
+    # nothing between the two: where more weights gain nothing, chains still may
     return (
-        GradientLearner(ImportanceWeightedELBO(10), max_rounds=2),
         GradientLearner(ImportanceWeightedELBO(50)),
         GradientLearner(MarkovChainEM(8, chains=PersistentChains())),
     )
