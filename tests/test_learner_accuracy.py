@@ -77,6 +77,6 @@ def test_a_collapsed_mixture_shows_nothing_and_is_repaired():
     )
     _, stayed, left = reference.attempts
     assert best - stayed.log_evidence.value == pytest.approx(harm, abs=1e-5)
-    assert left.name.endswith("evened")
+    assert left.name.endswith("off its boundaries")
     assert harmed.lost_at(reference.parameters) < AIM
     assert torch.equal(pyro.param("weights").detach(), before), "left alone"

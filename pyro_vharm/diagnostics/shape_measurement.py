@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.diagnostics.discrete_shape import join_discrete, measure_discrete
+from pyro_vharm.diagnostics.even_grid import MOST_GRID_DIMS, even_grid
 from pyro_vharm.diagnostics.marginals import (
     dips,
     marginal_negentropies,
@@ -118,7 +119,7 @@ def choose_for_shape(problem: Problem, method: InferenceMethod | None) -> Choice
         return choice
     count = max(_PARTICLES, 32 * math.ceil(_PARTICLES_PER_DIM * dim / 32))
     annealed = AnnealedImportanceSampling(count, num_steps=_FEWEST_STEPS, target_width=1.0 / count)
-    if choice.otherwise is None:
+    if choice.otherwise is None or dim > MOST_GRID_DIMS:
         return Choice(annealed)
     return replace(choice, otherwise=annealed)
 
@@ -179,6 +180,11 @@ def _check_number(run: Particles) -> None:
             f"method must give at least {4 * (dim + 1)} particles for units of {dim} dimensions, "
             f"not {count}; raise num_particles"
         )
+    if run.kind <= Kind.NUMERICAL and dim > MOST_GRID_DIMS:
+        raise InputError(
+            f"method may be Quadrature for units of at most {MOST_GRID_DIMS} dimensions, not "
+            f"{dim}: a shape needs an even grid; use AnnealedImportanceSampling"
+        )
     num_groups = count // run.group_size
     if run.kind > Kind.NUMERICAL and num_groups < _FEWEST_GROUPS:
         raise InputError(
@@ -201,6 +207,8 @@ def _of_units(run: Particles, units: Tensor) -> Particles:
 
 
 def _shape_of_block(densities: UnitDensities, run: Particles, method: str) -> ContinuousShape:
+    on_grid = run.kind <= Kind.NUMERICAL
+    run = even_grid(densities, run) if on_grid else run
     count, _, dim = run.unconstrained.shape
     known = run.log_evidence
     particles = standardise(
@@ -209,7 +217,6 @@ def _shape_of_block(densities: UnitDensities, run: Particles, method: str) -> Co
         _log_joint(densities, run.unconstrained),
         None if known is None else known.values,
     )
-    on_grid = run.kind <= Kind.NUMERICAL
     blocks = grid_blocks(count, dim) if on_grid else random_blocks(count, run.group_size)
     sizes = _effective_sizes(run, on_grid)
     found = _measures(particles, blocks, sizes)
