@@ -81,8 +81,8 @@ EASY = {
     "two modes of h²": {"auto", "quadrature"},
     "far modes in 2": {"auto", "quadrature"},
     "unequal modes": {"auto", "quadrature"},
-    "eight schools": {"auto", "sequential", "bridge"},
-    "correlated in 20": {"auto", "bridge"},
+    "eight schools": {"sequential", "bridge"},
+    "correlated in 20": {"bridge"},
 }
 
 
