@@ -5,7 +5,7 @@
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
-# one thread for each process of the tests: two of torch on small tensors are no faster than one
+# one thread for each process: two of torch on small tensors are no faster, and fight on a busy machine
 SHARED := OMP_NUM_THREADS=1
 
 demo: $(READY)
@@ -35,10 +35,10 @@ docs: $(READY)
 	$(RUN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 examples: $(READY)
-	$(RUN)/python examples/digits_vae.py --images 100 --epochs 20 --reference-steps 50 --out out/ci
-	$(RUN)/python examples/two_causes.py --units 60 --steps 100 --out out/ci
-	$(RUN)/python examples/nile.py --steps 200 --guide-steps 100 --temperatures 3 --out out/ci
-	$(RUN)/python examples/repair.py --steps 200 --guide-steps 100
+	$(SHARED) $(RUN)/python examples/digits_vae.py --images 100 --epochs 20 --reference-steps 50 --out out/ci
+	$(SHARED) $(RUN)/python examples/two_causes.py --units 60 --steps 100 --out out/ci
+	$(SHARED) $(RUN)/python examples/nile.py --steps 200 --guide-steps 100 --temperatures 3 --out out/ci
+	$(SHARED) $(RUN)/python examples/repair.py --steps 200 --guide-steps 100
 
 $(READY): pyproject.toml .ci/find_python
 	PYTHON="$$(sh .ci/find_python)" && "$$PYTHON" -m venv --clear $(VENV)
