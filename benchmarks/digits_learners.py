@@ -3,14 +3,14 @@
 θ̂ is where ordinary SVI left the model of ``examples/digits_vae.py``. Each learner then has the
 same seconds of CPU on one thread. Evidence on the way is measured afterwards, by one annealed
 importance sampling for all, with random numbers that no learner saw. Run with
-``python -m benchmarks.digits_learners``; with ``--draw`` it draws what an earlier run wrote.
+``python -m benchmarks.digits_learners``; with ``--learners`` some alone are measured, beside the
+numbers of an earlier run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,51 +35,49 @@ __all__ = ["draw", "main", "measure"]
 _METHOD = vh.AnnealedImportanceSampling(8, num_steps=20, start=vh.MatchedStart(refit=True))
 _TRAIN_IMAGES = 500  # on which evidence is measured
 _TRIAL_STEPS = 60
-_COLOURS = ("#7f8694", "#d98e32", "#7a5195", "#2f8f6b", "#bf3f4a")
 _NAMES = {
     "elbo": "ELBO, continued",
     "iw": "importance weights, K = 50",
     "annealed": "annealed bound, 4 × 5",
     "chains": "Markov chain EM, 8 × 5",
-    "climbing": "climbing: K = 10, K = 50, Markov chain EM",
+    "climbing": "climbing: K = 50, then Markov chain EM",
 }
+_COLOURS = dict(zip(_NAMES, ("#7f8694", "#d98e32", "#7a5195", "#2f8f6b", "#bf3f4a"), strict=True))
 _OBJECTIVES: dict[str, UnitObjective] = {
     "elbo": vh.ImportanceWeightedELBO(1),
     "iw": vh.ImportanceWeightedELBO(50),
     "annealed": vh.AnnealedELBO(4, num_steps=5),
     "chains": vh.MarkovChainEM(8, chains=vh.PersistentChains()),
 }
-_CLIMB = {"iw10": 0.25, "iw": 0.25, "chains": 0.5}  # shares of the time
+_CLIMB = {"iw": 0.7, "chains": 0.3}  # shares of the time
 
 type Curve = list[dict[str, float]]
 
 
-def _learner(objective: UnitObjective, num_steps: int) -> vh.GradientLearner:
+def _by_gradients(objective: UnitObjective, num_steps: int) -> vh.GradientLearner:
     return vh.GradientLearner(objective, num_steps=num_steps, max_rounds=1)
 
 
 def _seconds_per_step(problem: Problem, objective: UnitObjective, seed: int) -> float:
     """By the second half of a short trial: the first may compile."""
-    learned = learn_from_here(problem, _learner(objective, _TRIAL_STEPS), seed)
+    learned = learn_from_here(problem, _by_gradients(objective, _TRIAL_STEPS), seed)
     at = {point.step: point.scalars["seconds"] for point in learned.checkpoints if point.step}
     first = min(step for step in at if step >= _TRIAL_STEPS // 2)
     last = max(step for step in at if step < _TRIAL_STEPS)  # the last one waits for the evidence
     return (at[last] - at[first]) / (last - first)
 
 
-def _learners(problem: Problem, budget: float, seed: int) -> dict[str, tuple[Learner, float]]:
-    """Learners of equal budgets in seconds, with the seconds of a step where there is one kind."""
-    objectives = {**_OBJECTIVES, "iw10": vh.ImportanceWeightedELBO(10)}
-    cost = {name: _seconds_per_step(problem, obj, seed) for name, obj in objectives.items()}
-
-    def gradient(name: str, share: float = 1.0) -> vh.GradientLearner:
-        return _learner(objectives[name], max(int(share * budget / cost[name]), 1))
-
-    learners: dict[str, tuple[Learner, float]] = {
-        name: (gradient(name), cost[name]) for name in _OBJECTIVES
-    }
-    stages = tuple(gradient(name, share) for name, share in _CLIMB.items())
-    return {**learners, "climbing": (vh.ClimbingLearner(stages), math.nan)}
+def _learner(
+    name: str, problem: Problem, budget: float, seed: int
+) -> tuple[Learner, Mapping[str, float]]:
+    """A learner with a budget in seconds, and the seconds of a step with each of its objectives."""
+    shares = _CLIMB if name == "climbing" else {name: 1.0}
+    cost = {part: _seconds_per_step(problem, _OBJECTIVES[part], seed) for part in shares}
+    stages = tuple(
+        _by_gradients(_OBJECTIVES[part], max(int(share * budget / cost[part]), 1))
+        for part, share in shares.items()
+    )
+    return (stages[0] if len(stages) == 1 else vh.ClimbingLearner(stages)), cost
 
 
 def _evidence(problem: Problem, seed: int) -> tuple[float, float]:
@@ -104,7 +102,9 @@ def _curve(learned: Learned, train_part: Problem, heldout: Problem, points: int)
     return curve
 
 
-def measure(*, epochs: int, budget: float, points: int, seed: int) -> dict[str, Any]:
+def measure(
+    names: Sequence[str], *, epochs: int, budget: float, points: int, seed: int
+) -> dict[str, Any]:
     """Train by SVI, let every learner go from there, and measure evidence on the way."""
     images, heldout_images = load_images()
     pyro.clear_param_store()
@@ -115,7 +115,8 @@ def measure(*, epochs: int, budget: float, points: int, seed: int) -> dict[str, 
     train_part = prepare(model, guide, (images[:_TRAIN_IMAGES],))
     heldout = prepare(model, guide, (heldout_images,))
     curves: dict[str, Any] = {}
-    for name, (learner, cost) in _learners(problem, budget, seed).items():
+    for name in names:
+        learner, cost = _learner(name, problem, budget, seed)
         learned = learn_from_here(problem, learner, seed)
         curve = _curve(learned, train_part, heldout, points)
         curves[name] = {
@@ -126,7 +127,7 @@ def measure(*, epochs: int, budget: float, points: int, seed: int) -> dict[str, 
             "curve": curve,
         }
         print(_row(name, curves[name]), flush=True)
-    return {"epochs": epochs, "budget": budget, "seed": seed, "curves": curves}
+    return curves
 
 
 def _row(name: str, found: Mapping[str, Any]) -> str:
@@ -140,11 +141,11 @@ def draw(found: Mapping[str, Any]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.9), sharex=True, layout="constrained")
     titles = {"train": "training images", "heldout": "held-out images"}
     for axis, (part, title) in zip(axes, titles.items(), strict=True):
-        for colour, (name, learned) in zip(_COLOURS, found["curves"].items(), strict=True):
+        for name, learned in found.items():
             curve = learned["curve"]
             seconds, values = ([point[key] for point in curve] for key in ("seconds", part))
             errors = [2 * point[f"{part}_error"] for point in curve]
-            axis.errorbar(seconds, values, errors, color=colour, label=_NAMES[name], lw=1.4)
+            axis.errorbar(seconds, values, errors, color=_COLOURS[name], label=_NAMES[name], lw=1.4)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("seconds of CPU after SVI", fontsize=9)
         axis.tick_params(labelsize=8)
@@ -161,27 +162,27 @@ def draw(found: Mapping[str, Any]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and write numbers and figure; or draw numbers that are there."""
+    """Measure, print a table, and write numbers and figure."""
     parser = argparse.ArgumentParser(description="Evidence of digits learners against time.")
-    parser.add_argument("--epochs", type=int, default=600, help="passes of SVI")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds of CPU per learner")
-    parser.add_argument("--points", type=int, default=8, help="measured on each curve")
+    parser.add_argument("--learners", nargs="*", choices=_NAMES, default=list(_NAMES))
+    parser.add_argument("--epochs", type=int, default=400, help="passes of SVI")
+    parser.add_argument("--budget", type=float, default=100.0, help="seconds of CPU per learner")
+    parser.add_argument("--points", type=int, default=7, help="measured on each curve")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--draw", type=Path, help="numbers of an earlier run, to be drawn only")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="numbers there are kept")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.draw is None:
-        found = measure(
-            epochs=options.epochs,
-            budget=options.budget,
-            points=options.points,
-            seed=options.seed,
-        )
-        (options.out / "learners_digits.json").write_text(json.dumps(found, indent=1))
-    else:
-        found = json.loads(options.draw.read_text())
+    file = options.out / "learners_digits.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    found = known | measure(
+        options.learners,
+        epochs=options.epochs,
+        budget=options.budget,
+        points=options.points,
+        seed=options.seed,
+    )
+    file.write_text(json.dumps(found, indent=1))
     draw(found).savefig(options.out / "learners_digits.png", dpi=200)
 
 

@@ -64,7 +64,7 @@ def test_learners_by_gradient_steps_arrive(name, learner):
 
 
 def test_a_collapsed_mixture_shows_nothing_and_is_repaired():
-    """Gap 0 and score 0 with many nats of harm; only the start with even weights leaves."""
+    """Gap 0 and score 0 with many nats of harm; only the start away from the boundary leaves."""
     harmed = collapsed_mixture()
     harmed.install()
     gap = vh.inference_gap(harmed.model, harmed.guide, harmed.data, progress=False).gap.total()

@@ -64,9 +64,9 @@ class MarkovChainEM(UnitObjective):
     Each unit's particles are carried by Hamiltonian transitions that leave p(h | v; θ) invariant,
     from draws of the guide or from where its own persistent chains were. At the particles,
 
-        ∇_θ: the mean of ∇_θ log p(v_u, h; θ), the score by Fisher's identity if they are posterior
-             draws;
-        ∇_φ: the mean of ∇_φ log q(h), which lowers the inclusive KL(p(h | v; θ) ‖ q).
+    - ∇_θ is the mean of ∇_θ log p(v_u, h; θ), the score by Fisher's identity if they are posterior
+      draws;
+    - ∇_φ is the mean of ∇_φ log q(h), which lowers the inclusive KL(p(h | v; θ) ‖ q).
 
     The loss is the negative sum of log p(v, h; θ) + log q(h) over units, averaged over particles:
     no bound on anything, so it may rise while the model gets better. `latest` holds
