@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,44 +12,16 @@ from torch import Tensor
 from pyro_vharm.errors import InputError
 from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.learning_run import Ending, LearningRun, quick_choice
+from pyro_vharm.learning.posterior_particles import PosteriorParticles, draw_posteriors
 from pyro_vharm.learning.quasi_newton import descend
-from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.problem import Problem
-from pyro_vharm.particles import effective_sample_size, heaviest
+from pyro_vharm.particles import effective_sample_size
 
 __all__ = ["ExpectationMaximization"]
 
 _PARTICLES = 16
 _LEAST_SHARE = 0.5  # of the effective size, which reweighting may leave
 _LEAST_GAIN = 1e-3
-
-
-class _Posterior(NamedTuple):
-    """Particles of one batch that stay, with weights that follow θ.
-
-    Attributes:
-        densities: the batch.
-        latents: shape ``(particle, unit, dim)``.
-        log_shares: normalised log weights at the θ where they were drawn, ``(particle, unit)``.
-        log_joint: log p(v, h; θ) there.
-    """
-
-    densities: UnitDensities
-    latents: Tensor
-    log_shares: Tensor
-    log_joint: Tensor
-
-    def reweighted(self) -> Tensor:
-        """Log weights at the present θ; the sum of a unit's estimates p(v; θ) / p(v; θ₀)."""
-        with torch.no_grad():
-            now = self.densities.log_joint(self.latents)
-        change = torch.where(torch.isneginf(self.log_shares), 0.0, now - self.log_joint)
-        return self.log_shares + change
-
-    def loss(self, shares: Tensor) -> Tensor:
-        """−Σ_u Σ_p w̃_up log p(v_u, h_up; θ)."""
-        log_joint = self.densities.log_joint(self.latents)
-        return -torch.where(shares > 0, shares * log_joint, 0.0).sum()
 
 
 @dataclass(frozen=True)
@@ -105,7 +76,9 @@ class ExpectationMaximization:
 
     def _climb(self, run: LearningRun, most_steps: int) -> dict[str, float]:
         """EM steps on one set of particles; how many, and the log evidence they gained."""
-        posteriors, leaves = _draw(run.problem), run.problem.model_parameters.trainable()
+        choice = quick_choice(run.problem, _PARTICLES)
+        posteriors = draw_posteriors(run.problem.densities, choice)
+        leaves = run.problem.model_parameters.trainable()
         fresh = _sizes([part.log_shares for part in posteriors])
         done, gain = 0, 0.0
         while True:
@@ -120,7 +93,10 @@ class ExpectationMaximization:
             run.note()
 
     def _maximise(
-        self, posteriors: Sequence[_Posterior], shares: Sequence[Tensor], leaves: Sequence[Tensor]
+        self,
+        posteriors: Sequence[PosteriorParticles],
+        shares: Sequence[Tensor],
+        leaves: Sequence[Tensor],
     ) -> None:
         def losses() -> tuple[float, Sequence[Tensor | None]]:
             pairs = zip(posteriors, shares, strict=True)
@@ -128,17 +104,6 @@ class ExpectationMaximization:
             return float(total.detach()), torch.autograd.grad(total, leaves, allow_unused=True)
 
         descend(losses, leaves, tolerance=_LEAST_GAIN, max_iterations=self.max_iterations)
-
-
-def _draw(problem: Problem) -> list[_Posterior]:
-    method = quick_choice(problem, _PARTICLES).method
-    posteriors = []
-    for densities in problem.densities:
-        latents, shares = heaviest(method.run(densities))
-        with torch.no_grad():
-            log_joint = densities.log_joint(latents)
-        posteriors.append(_Posterior(densities, latents, shares.log(), log_joint))
-    return posteriors
 
 
 def _sizes(log_weights: Sequence[Tensor]) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import constraints, transform_to
+from torch.distributions import transform_to
 
 from pyro_vharm.errors import InputError
+from pyro_vharm.model.boundaries import inside_boundary
 from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import Problem, prepare
 from pyro_vharm.model.tracing import PyroFunction
@@ -21,8 +22,6 @@ __all__ = ["Fresh", "Start", "Starting", "find_starts"]
 type Fresh = Callable[[], tuple[PyroFunction, PyroFunction]]
 type Starting = Literal["current", "fresh", "both"]
 
-_NEAR = 0.01  # of a probability to its boundary
-_NEGLIGIBLE = 1e-3  # of a positive element beside the others of its tensor
 _JITTER = 0.1
 
 
@@ -77,41 +76,19 @@ def find_starts(
 def _off_boundaries(parameters: Parameters) -> dict[str, Tensor] | None:
     """Unconstrained values that are away from boundaries; ``None`` if none is near one.
 
-    Probabilities go halfway to even, positive elements that are next to nothing beside the others
-    of their tensor to the median of those; what is left is jittered, to break ties.
+    Those near one move as `inside_boundary` says; what is left is jittered, to break ties.
     """
     values, user_facing = parameters.values(), parameters.constrained()
     moved, near = {}, False
     for name, value in user_facing.items():
         constraint = parameters.constraints[name]
-        inside = _inside(constraint, value)
+        inside = inside_boundary(constraint, value)
         if inside is None:
             moved[name] = values[name] + _JITTER * torch.randn_like(values[name])
             continue
         near |= not torch.equal(inside, value)
         moved[name] = transform_to(constraint).inv(inside)
     return moved if near else None
-
-
-def _inside(constraint: Any, value: Tensor) -> Tensor | None:
-    """A value away from the boundary, the same value if it is not near; ``None`` without one."""
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
-    if isinstance(constraint, type(constraints.simplex)):
-        return _halfway(value, torch.full_like(value, 1 / value.shape[-1]))
-    if isinstance(constraint, type(constraints.unit_interval)):
-        low, high = (torch.as_tensor(x) for x in (constraint.lower_bound, constraint.upper_bound))
-        share = (value - low) / (high - low)
-        return low + (high - low) * _halfway(share, torch.full_like(share, 0.5))
-    if isinstance(constraint, type(constraints.positive)) and value.numel() > 1:
-        above = value - torch.as_tensor(constraint.lower_bound)
-        return value + torch.where(above < _NEGLIGIBLE * above.median(), above.median(), 0.0)
-    return None
-
-
-def _halfway(share: Tensor, even: Tensor) -> Tensor:
-    near = bool((torch.minimum(share, 1 - share) < _NEAR).any())
-    return (share + even) / 2 if near else share
 
 
 def _start_afresh(problem: Problem, fresh: Fresh | None) -> Start | str:

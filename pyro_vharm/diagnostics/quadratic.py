@@ -1,0 +1,126 @@
+"""The quadratic model of log evidence around θ̂: what it predicts, and where it says nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_vharm.diagnostics.scores import PosteriorScores
+
+__all__ = ["Curvature", "Prediction", "analyse_curvature", "predict_gain"]
+
+_LEAST_SHARE = 1e-4
+_NOISY = 3.0
+_UNUSED = 1e-12
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """−∇²ℓ at θ̂, in coordinates where the complete data's information is the identity.
+
+    Attributes:
+        basis: shape ``(k, r)``: column i is a direction in which the complete data have unit
+            information and the observed data have `shares` of it; different columns share nothing.
+        shares: share of information that is left when h is not seen, shape ``(r,)``. At most 1 up
+            to noise where the model is right; negative where ℓ curves upward.
+        errors: standard errors of the shares, from the particles.
+    """
+
+    basis: Tensor
+    shares: Tensor
+    errors: Tensor
+
+    @property
+    def limits(self) -> Tensor:
+        """Below this a share cannot be told from 0."""
+        return (_NOISY * self.errors).clamp(min=_LEAST_SHARE)
+
+    @property
+    def usable(self) -> Tensor:
+        """Directions in which ℓ curves downward, beyond noise."""
+        return self.shares > self.limits
+
+    @property
+    def upward(self) -> Tensor:
+        """Directions in which ℓ curves upward, beyond noise: θ̂ is at or near a saddle."""
+        return self.shares < -self.limits
+
+    @property
+    def flat(self) -> Tensor:
+        """Directions in which ℓ does not curve: symmetries, and parameters at a boundary."""
+        return ~(self.usable | self.upward)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Inverse of the information where it is usable, 0 elsewhere, shape ``(k, k)``."""
+        kept = self.basis[:, self.usable]
+        return kept / self.shares[self.usable] @ kept.T
+
+
+def analyse_curvature(first: PosteriorScores, second: PosteriorScores) -> Curvature:
+    """Louis's information in units of the complete data's, from two independent estimates.
+
+    The generalised eigenvalues λ of the observed information I with respect to C = Σ_u E[G Gᵀ] do
+    not change with the parameters' coordinates or scales. 1 − λ is the rate at which EM converges.
+    """
+    complete = (first.complete + second.complete) / 2
+    scale = complete.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    values, vectors = torch.linalg.eigh(complete / scale / scale[:, None])
+    kept = values > _UNUSED * values.max().clamp(min=torch.finfo(values.dtype).tiny)
+    white = (vectors[:, kept] / values[kept].sqrt()) / scale[:, None]
+    each = [white.T @ part.observed_information @ white for part in (first, second)]
+    shares, turned = torch.linalg.eigh((each[0] + each[1]) / 2)
+    apart = turned.T @ (each[0] - each[1]) @ turned / 2
+    return Curvature(white @ turned, shares, apart.norm(dim=1))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """½ sᵀ I⁻¹ s, and the step that would gain it.
+
+    Attributes:
+        value: in nats; may be negative by chance where s is 0.
+        mc_error: its standard error from the particles.
+        step: I⁻¹ s, shape ``(k,)``.
+        step_noise: its covariance from the particles, shape ``(k, k)``.
+    """
+
+    value: float
+    mc_error: float
+    step: Tensor
+    step_noise: Tensor
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether it is more than score noise makes."""
+        return self.value > 2 * self.mc_error
+
+
+def predict_gain(
+    first: PosteriorScores, second: PosteriorScores, curvature: Curvature
+) -> Prediction:
+    """What a Newton step from θ̂ would gain, in nats, crossed over two independent estimates.
+
+    With a = Bᵀ s in the coordinates of `Curvature` and weights w = 1/λ, the value is
+    ½ Σ_i w_i a_i a'_i with a and a' from independent particles, so that noise of the score adds
+    nothing in expectation. With N and N' the covariances of the noise,
+    var = ¼ [(wa)ᵀ (N + N') (wa) + tr(W N W N')], where (wa)ᵀ N' (wa) is estimated from the other a
+    and tr(W N W N') taken off once.
+    """
+    kept = curvature.basis[:, curvature.usable]
+    weights = 1 / curvature.shares[curvature.usable]
+    a, b = weights * (first.total @ kept), weights * (second.total @ kept)
+    noise = [kept.T @ part.noise @ kept for part in (first, second)]
+    value = 0.5 * float((a * b / weights).sum())
+    both = float(((weights[:, None] * noise[0] * weights) * noise[1]).sum())
+    crossed = float(b @ noise[0] @ b + a @ noise[1] @ a)
+    variance = max(crossed - both, both) / 4
+    step_noise = (noise[0] + noise[1]) / 4
+    kept_noise = weights[:, None] * step_noise * weights
+    return Prediction(
+        value, math.sqrt(max(variance, 0.0)), kept @ ((a + b) / 2), kept @ kept_noise @ kept.T
+    )
