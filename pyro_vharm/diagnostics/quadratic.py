@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vharm.diagnostics.scores import PosteriorScores
 
-__all__ = ["Curvature", "Prediction", "analyse_curvature", "predict_gain"]
+__all__ = ["Curvature", "Prediction", "analyse_curvature", "predict_gain", "predict_slope"]
 
 _LEAST_SHARE = 1e-4
 _NOISY = 3.0
@@ -103,24 +103,35 @@ class Prediction:
 def predict_gain(
     first: PosteriorScores, second: PosteriorScores, curvature: Curvature
 ) -> Prediction:
-    """What a Newton step from θ̂ would gain, in nats, crossed over two independent estimates.
+    """What a Newton step from θ̂ would gain, in nats, where ℓ curves downward."""
+    usable = curvature.usable
+    return _crossed(first, second, curvature.basis[:, usable], 1 / curvature.shares[usable])
 
-    With a = Bᵀ s in the coordinates of `Curvature` and weights w = 1/λ, the value is
-    ½ Σ_i w_i a_i a'_i with a and a' from independent particles, so that noise of the score adds
-    nothing in expectation. With N and N' the covariances of the noise,
-    var = ¼ [(wa)ᵀ (N + N') (wa) + tr(W N W N')], where (wa)ᵀ N' (wa) is estimated from the other a
-    and tr(W N W N') taken off once.
+
+def predict_slope(
+    first: PosteriorScores, second: PosteriorScores, curvature: Curvature
+) -> Prediction:
+    """The same for a step C⁻¹ s, as EM would make it, along the flat directions: at the least."""
+    flat = curvature.basis[:, curvature.flat]
+    return _crossed(first, second, flat, torch.ones_like(flat[0]))
+
+
+def _crossed(
+    first: PosteriorScores, second: PosteriorScores, basis: Tensor, weights: Tensor
+) -> Prediction:
+    """½ Σ_i w_i a_i a'_i with a = Bᵀ s, crossed over two independent estimates.
+
+    Noise of the score adds nothing in expectation. With N and N' the covariances of the noise,
+    var = ¼ [(wa)ᵀ (N + N') (wa) + tr(W N W N')]; where a stands for its mean, the other estimate
+    of it has noise of its own, so that tr(W N W N') comes in twice too much and is taken off.
     """
-    kept = curvature.basis[:, curvature.usable]
-    weights = 1 / curvature.shares[curvature.usable]
-    a, b = weights * (first.total @ kept), weights * (second.total @ kept)
-    noise = [kept.T @ part.noise @ kept for part in (first, second)]
+    a, b = weights * (first.total @ basis), weights * (second.total @ basis)
+    noise = [basis.T @ part.noise @ basis for part in (first, second)]
     value = 0.5 * float((a * b / weights).sum())
     both = float(((weights[:, None] * noise[0] * weights) * noise[1]).sum())
     crossed = float(b @ noise[0] @ b + a @ noise[1] @ a)
     variance = max(crossed - both, both) / 4
-    step_noise = (noise[0] + noise[1]) / 4
-    kept_noise = weights[:, None] * step_noise * weights
+    kept_noise = weights[:, None] * ((noise[0] + noise[1]) / 4) * weights
     return Prediction(
-        value, math.sqrt(max(variance, 0.0)), kept @ ((a + b) / 2), kept @ kept_noise @ kept.T
+        value, math.sqrt(max(variance, 0.0)), basis @ ((a + b) / 2), basis @ kept_noise @ basis.T
     )

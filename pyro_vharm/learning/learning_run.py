@@ -27,7 +27,7 @@ __all__ = ["Ending", "LearningRun", "Values", "is_higher", "quick_choice", "watc
 _LEAST_GAIN = 0.05
 _PROBED_BATCHES = 20
 _PROBED_UNITS, _MANY_DIMS, _FEW_DIMS = 200, 10, 2
-_WATCHING = 8  # particles
+_FEWEST, _MOST, _ELEMENTS = 8, 128, 2**14  # particles, and numbers in them
 
 
 class Ending(NamedTuple):
@@ -168,7 +168,8 @@ def watch(problem: Problem, journal: Journal, name: str) -> Estimate:
     """Log evidence as a learner left it, to choose between attempts and for nothing else."""
 
     def look() -> Mapping[str, Any]:
-        choice = quick_choice(problem, _WATCHING)
+        count = min(d.affordable(_FEWEST, _MOST, _ELEMENTS) for d in problem.densities)
+        choice = quick_choice(problem, count)
         found = estimate_evidence(problem.densities, choice).per_unit.total()
         return {"value": found.value, "error": found.mc_error, "kind": int(found.kind)}
 

@@ -61,8 +61,16 @@ class Parameters:
 
     def trainable(self) -> list[Tensor]:
         """The leaves that require a gradient, each once however many names it has."""
-        once = {id(leaf): leaf for leaf in self.leaves.values() if leaf.requires_grad}
-        return list(once.values())
+        return list(self.named_trainable().values())
+
+    def named_trainable(self) -> dict[str, Tensor]:
+        """The same by name, each under the first name that it has."""
+        first = {id(leaf): name for name, leaf in reversed(list(self.leaves.items()))}
+        return {
+            name: leaf
+            for name, leaf in self.leaves.items()
+            if leaf.requires_grad and first[id(leaf)] == name
+        }
 
     def select(self, names: Collection[str]) -> Parameters:
         """Some of the parameters."""
