@@ -13,9 +13,12 @@ from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.fulfilment import GapParts, SelfFulfilment, self_fulfilment
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
 from pyro_vharm.diagnostics.harm import LearningHarm, learning_harm
+from pyro_vharm.diagnostics.local import LocalHarm, LocalPoint, Surroundings
+from pyro_vharm.diagnostics.local_measurement import local_harm
 from pyro_vharm.diagnostics.modes import Modes
 from pyro_vharm.diagnostics.shape import ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import posterior_shape
+from pyro_vharm.diagnostics.shifts import Shift
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis, diagnose
 from pyro_vharm.diagnostics.verdict import Audit, Verdict
 from pyro_vharm.diagnostics.weighted_moments import Measured
@@ -117,6 +120,8 @@ __all__ = [
     "Kind",
     "LearningHarm",
     "LinearSchedule",
+    "LocalHarm",
+    "LocalPoint",
     "LoopedRunsWarning",
     "MarkovChainEM",
     "MatchedGaussian",
@@ -137,9 +142,11 @@ __all__ = [
     "Sandwich",
     "SelfFulfilment",
     "SequentialMonteCarlo",
+    "Shift",
     "SigmoidSchedule",
     "Simulation",
     "StickingTheLanding",
+    "Surroundings",
     "ThermodynamicLength",
     "UncompiledWarning",
     "UnitEstimates",
@@ -155,6 +162,7 @@ __all__ = [
     "inference_gap",
     "learn_reference",
     "learning_harm",
+    "local_harm",
     "log_evidence",
     "plot_ledger",
     "posterior_shape",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from pyro_vharm.inference.choice import Choice
 from pyro_vharm.learning.posterior_particles import PosteriorParticles, draw_posteriors
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.problem import Problem
+from pyro_vharm.particles import effective_sample_size
 
 __all__ = ["CrossedScores", "cross_elbo_scores", "cross_evidence_scores"]
 
@@ -22,10 +24,16 @@ class CrossedScores(NamedTuple):
 
     A product of one with the other has no share of noise in expectation. Where the particles are
     nodes of quadrature, or sums, the two are the same.
+
+    Attributes:
+        first: from one set.
+        second: from the other.
+        least_size: the smallest effective number of particles of a unit; infinite for nodes.
     """
 
     first: PosteriorScores
     second: PosteriorScores
+    least_size: float
 
 
 def cross_evidence_scores(
@@ -33,13 +41,16 @@ def cross_evidence_scores(
 ) -> CrossedScores:
     """∇ℓ by Fisher's identity, from two runs of an inference method, pilots and all."""
 
-    def run() -> tuple[PosteriorScores, bool]:
+    def run() -> tuple[PosteriorScores, float]:
         posteriors = draw_posteriors(problem.densities, choice, progress=progress)
         scores = [_of_posterior(part, directions) for part in posteriors]
-        return _joined(scores), any(part.random for part in posteriors)
+        return _joined(scores), min(map(_least_size, posteriors))
 
-    first, random = run()
-    return CrossedScores(first, run()[0] if random else first)
+    first, size = run()
+    if size == math.inf:
+        return CrossedScores(first, first, size)
+    second, other = run()
+    return CrossedScores(first, second, min(size, other))
 
 
 def cross_elbo_scores(
@@ -52,11 +63,18 @@ def cross_elbo_scores(
     def run() -> PosteriorScores:
         return _joined([_of_guide(d, directions, num_particles) for d in problem.densities])
 
-    return CrossedScores(run(), run())
+    return CrossedScores(run(), run(), float(num_particles))
 
 
 def _joined(parts: Sequence[PosteriorScores]) -> PosteriorScores:
     return reduce(PosteriorScores.joined, parts)
+
+
+def _least_size(part: PosteriorParticles) -> float:
+    if not part.random:
+        return math.inf
+    sizes = effective_sample_size(part.log_shares) / part.dilution
+    return float(sizes.min())
 
 
 def _of_posterior(part: PosteriorParticles, directions: Directions) -> PosteriorScores:

@@ -17,6 +17,7 @@ __all__ = ["LocalHarm", "LocalPoint", "Surroundings"]
 
 _MOST_SHIFTS = 12
 _SMALL_SHARE = 0.1
+_FEW_PARTICLES = 10
 _PER_UNIT = 0.02  # nats up to which a quadratic prediction was within a factor of two
 
 
@@ -49,6 +50,7 @@ class Surroundings:
         num_directions: along how many directions it was looked at.
         num_flat: directions among them in which ℓ does not curve.
         num_upward: directions in which ℓ curves upward.
+        least_size: effective number of particles of the unit that has fewest.
         at_boundary: parameters at a boundary of what they may be.
         undetermined: elements that log evidence hardly depends on near θ̂, by label.
     """
@@ -57,6 +59,7 @@ class Surroundings:
     num_directions: int
     num_flat: int
     num_upward: int
+    least_size: float
     at_boundary: tuple[str, ...]
     undetermined: tuple[str, ...]
 
@@ -233,6 +236,11 @@ def _pulled(harm: LocalHarm) -> list[str]:
 
 def _blind(harm: LocalHarm) -> list[str]:
     around, found = harm.surroundings, []
+    if around.least_size < _FEW_PARTICLES:
+        found.append(
+            f"A unit rests on {around.least_size:.1f} effective particles, so the score has more "
+            "noise than it shows. Pass method= with more particles or temperatures."
+        )
     if around.num_directions < around.num_parameters:
         found.append(
             f"θ has {around.num_parameters} elements; only {around.num_directions} directions were "

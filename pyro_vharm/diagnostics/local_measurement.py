@@ -141,10 +141,10 @@ def measure_local_harm(
     directions = choose_directions(problem)
     method = _particles(problem) if particles is None else particles
     scores = cross_evidence_scores(problem, method, directions, progress=progress)
-    curvature = analyse_curvature(*scores)
-    prediction = predict_gain(*scores, curvature)
+    curvature = analyse_curvature(scores.first, scores.second)
+    prediction = predict_gain(scores.first, scores.second, curvature)
     pull = cross_elbo_scores(problem, directions, _GUIDE_DRAWS * _count(problem))
-    slope = predict_slope(*scores, curvature)
+    slope = predict_slope(scores.first, scores.second, curvature)
     lines = _lines(curvature, prediction, slope)
     along, begun = _along(problem, learned, choice, directions, lines, progress)
     values, done = climb_by_em(problem, begun, num_em_steps)
@@ -156,7 +156,7 @@ def measure_local_harm(
         slope=_estimate(slope, scores, problem),
         unconverged=None
         if pull is None
-        else _estimate(predict_gain(*pull, curvature), pull, problem),
+        else _estimate(predict_gain(pull.first, pull.second, curvature), pull, problem),
         shifts=_shifts(theta, directions, prediction, curvature) if every else (),
         score=_by_name(theta, directions, scores) if every else {},
         elbo_gradient=_by_name(theta, directions, pull) if every and pull is not None else {},
@@ -191,8 +191,7 @@ def _lines(
         both = prediction.step if prediction.is_seen else torch.zeros_like(slope.step)
         lines.append(("a step where ℓ hardly curves", both + slope.step))
     if bool(curvature.upward.any()):
-        steepest = curvature.basis[:, curvature.shares.argmin()]
-        lines += [("a step where ℓ curves upward", sign * steepest) for sign in (1, -1)]
+        lines += [("a step where ℓ curves upward", sign * curvature.steepest) for sign in (1, -1)]
     return lines
 
 
@@ -265,6 +264,7 @@ def _surroundings(
         num_directions=directions.size,
         num_flat=int(curvature.flat.sum()),
         num_upward=int(curvature.upward.sum()),
+        least_size=scores.least_size,
         at_boundary=parameters_at_boundaries(theta),
         undetermined=_undetermined(theta, scores) if directions.size == count else (),
     )
@@ -272,8 +272,8 @@ def _surroundings(
 
 def _undetermined(theta: Parameters, scores: CrossedScores) -> tuple[str, ...]:
     """Elements whose move by their own size, or by 1, changes log evidence by next to nothing."""
-    first, second = (part.observed_information.diagonal() for part in scores)
-    most = (first + second) / 2 + 3 * (first - second).abs() / 2
+    first, second = (part.observed_information.diagonal() for part in scores[:2])
+    most = (first + second).abs() / 2 + 3 * (first - second).abs() / 2
     found: list[str] = []
     start = 0
     for name, leaf in theta.named_trainable().items():
