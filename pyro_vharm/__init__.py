@@ -14,6 +14,8 @@ from pyro_vharm.diagnostics.fulfilment import GapParts, SelfFulfilment, self_ful
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
 from pyro_vharm.diagnostics.harm import LearningHarm, learning_harm
 from pyro_vharm.diagnostics.modes import Modes
+from pyro_vharm.diagnostics.pull import Endpoint, Reachability
+from pyro_vharm.diagnostics.pull_measurement import reachability
 from pyro_vharm.diagnostics.shape import ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import posterior_shape
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis, diagnose
@@ -61,6 +63,7 @@ from pyro_vharm.learning.recorder import Recorder
 from pyro_vharm.learning.reference import Attempt, Reference
 from pyro_vharm.learning.reference_search import learn_reference
 from pyro_vharm.learning.refit import Refit
+from pyro_vharm.learning.svi_training import Trained, TrainingPoint
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
@@ -94,6 +97,7 @@ __all__ = [
     "Diagnosis",
     "DiscreteShape",
     "DoublyReparameterized",
+    "Endpoint",
     "Enumeration",
     "Estimate",
     "Evidence",
@@ -131,6 +135,7 @@ __all__ = [
     "PosteriorShape",
     "PriorStart",
     "Quadrature",
+    "Reachability",
     "Recorder",
     "Reference",
     "Refit",
@@ -141,6 +146,8 @@ __all__ = [
     "Simulation",
     "StickingTheLanding",
     "ThermodynamicLength",
+    "Trained",
+    "TrainingPoint",
     "UncompiledWarning",
     "UnitEstimates",
     "UnresolvedIntegralError",
@@ -158,6 +165,7 @@ __all__ = [
     "log_evidence",
     "plot_ledger",
     "posterior_shape",
+    "reachability",
     "self_fulfilment",
     "simulate",
     "to_datatree",
