@@ -16,6 +16,8 @@ from pyro_vharm.diagnostics.harm import LearningHarm, learning_harm
 from pyro_vharm.diagnostics.local import LocalHarm, LocalPoint, Surroundings
 from pyro_vharm.diagnostics.local_measurement import local_harm
 from pyro_vharm.diagnostics.modes import Modes
+from pyro_vharm.diagnostics.pull import Endpoint, Reachability
+from pyro_vharm.diagnostics.pull_measurement import reachability
 from pyro_vharm.diagnostics.shape import ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import posterior_shape
 from pyro_vharm.diagnostics.shifts import Shift
@@ -64,6 +66,7 @@ from pyro_vharm.learning.recorder import Recorder
 from pyro_vharm.learning.reference import Attempt, Reference
 from pyro_vharm.learning.reference_search import learn_reference
 from pyro_vharm.learning.refit import Refit
+from pyro_vharm.learning.svi_training import Trained, TrainingPoint
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
@@ -97,6 +100,7 @@ __all__ = [
     "Diagnosis",
     "DiscreteShape",
     "DoublyReparameterized",
+    "Endpoint",
     "Enumeration",
     "Estimate",
     "Evidence",
@@ -136,6 +140,7 @@ __all__ = [
     "PosteriorShape",
     "PriorStart",
     "Quadrature",
+    "Reachability",
     "Recorder",
     "Reference",
     "Refit",
@@ -148,6 +153,8 @@ __all__ = [
     "StickingTheLanding",
     "Surroundings",
     "ThermodynamicLength",
+    "Trained",
+    "TrainingPoint",
     "UncompiledWarning",
     "UnitEstimates",
     "UnresolvedIntegralError",
@@ -166,6 +173,7 @@ __all__ = [
     "log_evidence",
     "plot_ledger",
     "posterior_shape",
+    "reachability",
     "self_fulfilment",
     "simulate",
     "to_datatree",

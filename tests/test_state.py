@@ -105,11 +105,19 @@ CALLS = {
     "audit": lambda m, g, v: vh.audit(
         m, g, (v,), heldout=(v[:5],), learner=QUICK, refit=SHORT, progress=False
     ),
+    "reachability": lambda m, g, v: vh.reachability(
+        m, g, (v,), reference=moved(m, v), num_steps=3, max_rounds=1, refit=SHORT, progress=False
+    ),
     "posterior_shape": lambda m, g, v: vh.posterior_shape(m, (v,), guide=g, progress=False),
     "diagnose": lambda m, g, v: vh.diagnose(recorded(m, g), (v,), refit=SHORT, progress=False),
     "history": lambda m, g, v: held(recorded(m, g)),
     "from_svi": lambda m, g, v: vh.from_svi(m, g, (v,), num_draws=3, progress=False),
 }
+
+
+def moved(model, v):
+    found = vh.capture_parameters(model, (v,)).constrained()
+    return {name: value + 0.1 for name, value in found.items()}
 
 
 def recorded(model, guide):

@@ -129,13 +129,16 @@ class LearningRun:
         self.num_steps = state["num_steps"]
         self.checkpoints[:] = [Checkpoint(*content) for content in state["checkpoints"]]
 
-    def evidence(self, name: str) -> Estimate:
-        """Log evidence of a few hundred units, to steer by."""
+    @property
+    def probe(self) -> Problem:
+        """Up to a few hundred of the units, always the same."""
         if self._probe is None:
             self._probe = _probe(self.problem)
-        probe = self._probe
+        return self._probe
 
-        return watch(probe, self.journal, name)
+    def evidence(self, name: str) -> Estimate:
+        """Log evidence of a few hundred units, to steer by."""
+        return watch(self.probe, self.journal, name)
 
     def note(self, **scalars: float) -> None:
         """Take a checkpoint at the present step, or add to the one there is."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.gap import InferenceGap
 from pyro_vharm.diagnostics.harm import LearningHarm
+from pyro_vharm.diagnostics.pull import Reachability
 from pyro_vharm.diagnostics.shape import IN_NATS, ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis
 from pyro_vharm.diagnostics.verdict import Audit
@@ -41,13 +42,16 @@ def to_datatree(result: object) -> xr.DataTree:
     * ``trajectory``: of a diagnosed history, totals of the same over the coordinate
       ``checkpoint``, whose values are steps; its ``units`` have that coordinate in place of
       ``parameters``, and ``theta`` has the parameters on the user-facing scale.
+    * ``reachability``: of a `Reachability`, its ledger; its ``trajectory`` has ``objective`` and
+      ``log_evidence`` per unit from the reference on, and its ``units`` have the four endpoints as
+      ``parameters``.
     * ``shape`` and ``posterior``: of a posterior shape, its measures per ``unit`` and ``latent``,
       with each one's ``_mc_error``, and unweighted draws on the unconstrained scale;
       ``discrete_shape``: of discrete latents, with the most probable configurations by ``rank``.
 
     Args:
-        result: an `Audit`, `LearningHarm`, `InferenceGap`, `Evidence`, `DiagnosedHistory` or
-            `PosteriorShape`.
+        result: an `Audit`, `LearningHarm`, `InferenceGap`, `Evidence`, `DiagnosedHistory`,
+            `Reachability` or `PosteriorShape`.
 
     Raises:
         TypeError: for anything else.
@@ -129,6 +133,28 @@ def _(result: DiagnosedHistory) -> xr.DataTree:
         "theta": xr.Dataset(theta, coords={"checkpoint": steps}),
     }
     return _tree(groups, {f"setting_{name}": value for name, value in result.settings.items()})
+
+
+@to_datatree.register
+def _(result: Reachability) -> xr.DataTree:
+    variables = {}
+    for name in ("objective", "log_evidence"):
+        line = [getattr(point, name).per_unit for point in result.training.points]
+        for suffix, field in (("", "value"), ("_mc_error", "mc_error")):
+            values = np.array([getattr(each, field) for each in line])
+            variables[f"{name}{suffix}"] = ("checkpoint", values, _UNITS)
+    steps = np.array([point.step for point in result.training.points])
+    endpoints = {
+        name: {"log_evidence": point.evidence.per_unit} for name, point in result.endpoints.items()
+    }
+    groups = {
+        "reachability": _ledger(result.ledger()),
+        "trajectory": xr.Dataset(variables, coords={"checkpoint": steps}),
+        "units": _units(endpoints),
+    }
+    settings = {f"setting_{name}": value for name, value in result.settings.items()}
+    noise = {"training_noise": str(result.training_noise)}
+    return _tree(groups, settings | noise | {"sentences": " ".join(result.sentences())})
 
 
 @to_datatree.register
