@@ -9,6 +9,7 @@ All numbers are in nats.
 """
 
 from pyro_vharm.auditing import audit
+from pyro_vharm.diagnostics.activity import ActiveUnits
 from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.fulfilment import GapParts, SelfFulfilment, self_fulfilment
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
@@ -67,6 +68,8 @@ from pyro_vharm.learning.reference import Attempt, Reference
 from pyro_vharm.learning.reference_search import learn_reference
 from pyro_vharm.learning.refit import Refit
 from pyro_vharm.learning.svi_training import Trained, TrainingPoint
+from pyro_vharm.learning.unit_families import FullRank, MeanField
+from pyro_vharm.learning.unit_flows import Flow
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
@@ -83,6 +86,7 @@ from pyro_vharm.output.figures import plot_ledger
 from pyro_vharm.particles import Particles
 
 __all__ = [
+    "ActiveUnits",
     "AdaptiveSchedule",
     "Agreement",
     "AnnealedELBO",
@@ -108,6 +112,8 @@ __all__ = [
     "ExactEvidence",
     "ExactLearner",
     "ExpectationMaximization",
+    "Flow",
+    "FullRank",
     "GapParts",
     "GradientLearner",
     "GuideChains",
@@ -130,6 +136,7 @@ __all__ = [
     "MarkovChainEM",
     "MatchedGaussian",
     "MatchedStart",
+    "MeanField",
     "Measured",
     "Modes",
     "ObjectiveReport",

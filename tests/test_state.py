@@ -98,7 +98,9 @@ def assert_same(before, after):
 
 CALLS = {
     "log_evidence": lambda m, g, v: vh.log_evidence(m, (v,), guide=g, progress=False),
-    "inference_gap": lambda m, g, v: vh.inference_gap(m, g, (v,), refit=SHORT, progress=False),
+    "inference_gap": lambda m, g, v: vh.inference_gap(
+        m, g, (v,), refit=SHORT, families=(vh.FullRank(), vh.Flow(2)), progress=False
+    ),
     "learn_reference": lambda m, g, v: vh.learn_reference(
         m, (v,), guide=g, learner=QUICK, progress=False
     ),

@@ -234,7 +234,7 @@ def _shape_of_block(densities: UnitDensities, run: Particles, method: str) -> Co
         modes=find_modes(densities, climbers, match_gaussian(draws)),
         draws=draws,
         quantiles=points[..., :dim] * particles.scale + particles.mean,
-        labels=_labels(densities),
+        labels=densities.labels,
         effective_sizes=sizes,
         method=method,
     )
@@ -296,12 +296,3 @@ def _draws(run: Particles, on_grid: bool) -> Tensor:
         step = nodes[count**axis] - nodes[0]
         draws = draws + (torch.rand_like(draws[..., :1]) - 0.5) * step
     return draws
-
-
-def _labels(densities: UnitDensities) -> tuple[str, ...]:
-    labels: list[str] = []
-    for site in densities.sites:
-        total = torch.Size(site.batch_shape).numel() * torch.Size(site.event_shape).numel()
-        size = total // (densities.num_units + densities.batch.num_padded)
-        labels += [site.name] if size == 1 else [f"{site.name}[{i}]" for i in range(size)]
-    return tuple(labels)

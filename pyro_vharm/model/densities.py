@@ -119,6 +119,16 @@ class UnitDensities:
         )
         return total // self._num_run
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of the unconstrained dims of one unit, like ``h[0]``, or ``h`` where it has one."""
+        labels: list[str] = []
+        for site in self.sites:
+            total = torch.Size(site.batch_shape).numel() * torch.Size(site.event_shape).numel()
+            size = total // self._num_run
+            labels += [site.name] if size == 1 else [f"{site.name}[{i}]" for i in range(size)]
+        return tuple(labels)
+
     def affordable(self, least: int, most: int, elements: int) -> int:
         """How many particles, so that data and latents of all units have so many elements each."""
         leaves = pytree.tree_leaves((self.batch.args, dict(self.batch.kwargs)))

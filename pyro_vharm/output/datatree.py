@@ -21,6 +21,7 @@ from pyro_vharm.diagnostics.verdict import Audit
 from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.inference.evidence import Evidence
 from pyro_vharm.learning.evidence_pair import EvidencePair
+from pyro_vharm.output.ladder import ladder_groups
 
 __all__ = ["to_datatree"]
 
@@ -39,6 +40,9 @@ def to_datatree(result: object) -> xr.DataTree:
       ``reference``): ``log_evidence``, ``elbo``, ``refitted_elbo`` and each one's ``_mc_error``,
       without those that are known in total only.
     * ``bounds``, ``heldout_bounds``: replicates of the stochastic bounds on the totals.
+    * ``families``: of an inference gap, totals of ``elbo`` and ``gap`` with each one's
+      ``_mc_error`` over the coordinate ``family``; ``active_units``: ``variance``,
+      ``prior_variance`` and ``active`` over the coordinate ``latent``.
     * ``trajectory``: of a diagnosed history, totals of the same over the coordinate
       ``checkpoint``, whose values are steps; its ``units`` have that coordinate in place of
       ``parameters``, and ``theta`` has the parameters on the user-facing scale.
@@ -98,6 +102,7 @@ def _(result: InferenceGap) -> xr.DataTree:
     }
     totals = {name: None if line is None else line.total() for name, line in lines.items()}
     groups = {"ledger": _ledger(totals), "units": _units({"learned": _gap_units(result)})}
+    groups |= ladder_groups(result)
     return _tree(groups, {"method": result.evidence.method})
 
 
