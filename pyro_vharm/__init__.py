@@ -10,6 +10,7 @@ All numbers are in nats.
 
 from pyro_vharm.auditing import audit
 from pyro_vharm.diagnostics.activity import ActiveUnits
+from pyro_vharm.diagnostics.audit_result import Audit
 from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.fulfilment import GapParts, SelfFulfilment, self_fulfilment
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
@@ -23,7 +24,7 @@ from pyro_vharm.diagnostics.shape import ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.shape_measurement import posterior_shape
 from pyro_vharm.diagnostics.shifts import Shift
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis, diagnose
-from pyro_vharm.diagnostics.verdict import Audit, Verdict
+from pyro_vharm.diagnostics.verdict import Verdict
 from pyro_vharm.diagnostics.weighted_moments import Measured
 from pyro_vharm.errors import (
     InputError,

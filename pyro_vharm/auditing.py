@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vharm.diagnostics.audit_result import Audit
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
 from pyro_vharm.diagnostics.harm import measure_harm, resolve_reference
-from pyro_vharm.diagnostics.verdict import Audit, Verdict, judge, material_harm
+from pyro_vharm.diagnostics.local import LocalHarm
+from pyro_vharm.diagnostics.local_measurement import measure_local_harm
+from pyro_vharm.diagnostics.pull_measurement import measure_reachability
+from pyro_vharm.diagnostics.verdict import Verdict, judge, material_harm
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import UnitEstimates
-from pyro_vharm.inference.choice import InferenceMethod, choose_method
+from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
 from pyro_vharm.learning.attempts import train_reference
+from pyro_vharm.learning.foresight import foresee_evidence, spoken
 from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.journal import Journal
 from pyro_vharm.learning.learners import Learner, choose_learner
+from pyro_vharm.learning.objective_value import OwnObjective, default_objective
 from pyro_vharm.learning.reference import Reference
 from pyro_vharm.learning.refit import Refit
 from pyro_vharm.learning.starts import Fresh, Starting
+from pyro_vharm.learning.svi_optimizer import OwnOptimizer
+from pyro_vharm.learning.svi_training import SVITraining
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.heldout import prepare_heldout
-from pyro_vharm.model.problem import prepare
+from pyro_vharm.model.problem import Problem, prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.tables import nats
 
 __all__ = ["audit"]
+
+_EVIDENCES, _LOOKS = 4, 4  # evaluations of log evidence in the stages, about
+_WORTH_SAYING = 5.0  # seconds
 
 
 def audit(
@@ -40,6 +56,9 @@ def audit(
     fresh: Fresh | None = None,
     method: InferenceMethod | None = None,
     refit: Refit | None = None,
+    objective: OwnObjective | None = None,
+    optimizer: OwnOptimizer | None = None,
+    num_em_steps: int = 5,
     unit_plate: str | None = None,
     parameters: Sequence[str] = (),
     material: float | None = None,
@@ -48,10 +67,12 @@ def audit(
 ) -> Audit:
     """Measure what variational inference did to a trained model, in nats.
 
-    Estimates the log evidence at the learned θ̂ from both sides, splits the inference gap, looks
-    for better parameters θ_ref with a better learner (or takes yours), and measures how much log
-    evidence learning lost, on training and held-out data. Model, guide, parameters, gradients and
-    random state are left as they were, also when interrupted.
+    From cheap to dear: estimates the log evidence at the learned θ̂ from both sides and splits the
+    inference gap (`inference_gap`); looks at what shows near θ̂ (`local_harm`); looks for better
+    parameters θ_ref with a better learner, or takes yours (`learn_reference`); measures how much
+    log evidence learning lost, on training and held-out data (`learning_harm`); and, if you say how
+    you train, trains so from there (`reachability`). It says first how long that may take. Model,
+    guide, parameters, gradients and random state are left as they were, also when interrupted.
 
     Args:
         model: a Pyro model, its latents in a plate of independent units or as one
@@ -68,6 +89,10 @@ def audit(
             needed where all parameters of the model are ``pyro.param`` statements.
         method: the inference method for log evidence; see `log_evidence`.
         refit: how to refit the guide per unit, and how finely to evaluate an ELBO.
+        objective: what θ̂ was trained on, as `SVI` takes it for ``loss=``. With this or `optimizer`
+            the harm is split into pull, path and what was not converged; see `reachability`.
+        optimizer: what θ̂ was trained by; see `reachability`.
+        num_em_steps: EM steps of `local_harm`; 0 leaves that out.
         unit_plate: name of the plate of independent units; found if left out.
         parameters: sites that the guide holds as point masses (as AutoDelta does) and that count
             as θ: log evidence then includes their log prior.
@@ -85,6 +110,8 @@ def audit(
     """
     if material is not None and material < 0:
         raise InputError(f"material must not be negative, got {material}")
+    if num_em_steps < 0:
+        raise InputError(f"num_em_steps must not be negative, got {num_em_steps}")
     if guide is None:
         raise InputError("audit needs the guide that the model was trained with")
     refit = Refit() if refit is None else refit
@@ -96,20 +123,79 @@ def audit(
         if not problem.model_parameters.leaves:
             gap = measure_gap(problem, chosen, refit, progress=progress)
             return Audit(gap, None, _without_parameters(gap), settings)
-        if reference is None:
-            learns = choose_learner(problem, learner)
+        own = _own_training(problem, objective, optimizer)
+        learns = choose_learner(problem, learner) if reference is None else None
+        if learns is not None:
             settings["learner"] = str(learns)
+        if progress:
+            _announce(problem, chosen, learns, num_em_steps, own)
+        gap = measure_gap(problem, chosen, refit, progress=progress)
+        local = None
+        if num_em_steps:
+            local = measure_local_harm(
+                problem, gap.evidence, chosen, None, num_em_steps, progress=progress
+            )
+        if learns is not None:
             found = train_reference(
-                problem, learns, start, fresh, journal=Journal(), progress=progress
+                problem,
+                learns,
+                start,
+                fresh,
+                journal=Journal(),
+                progress=progress,
+                known=_near(problem, local),
             )
         else:
+            assert reference is not None, "a learner was chosen where there is none"
             training = GuideTraining() if learner == "auto" else learner.guide_training
             found = resolve_reference(problem, reference, training, progress=progress)
-        gap = measure_gap(problem, chosen, refit, progress=progress)
         harm = measure_harm(problem, gap, found, held, notes, chosen, refit, progress=progress)
+        reach = None
+        if own is not None:
+            reach = measure_reachability(problem, found, own, chosen, refit, progress=progress)
         if material is None:
             material = material_harm(problem.model_parameters, problem.num_units)
-        return Audit(gap, harm, judge(harm, material), settings)
+        verdict = judge(harm, material, local, reach)
+        return Audit(gap, harm, verdict, settings, local, reach)
+
+
+def _own_training(
+    problem: Problem, objective: OwnObjective | None, optimizer: OwnOptimizer | None
+) -> SVITraining | None:
+    """The user's training, if they said how they train."""
+    if objective is None and optimizer is None:
+        return None
+    return SVITraining(default_objective(problem) if objective is None else objective, optimizer)
+
+
+def _near(problem: Problem, local: LocalHarm | None) -> dict[str, Mapping[str, Tensor]]:
+    """What was found near θ̂, which a reference should not fall short of."""
+    if local is None:
+        return {}
+    values = problem.model_parameters.unconstrain(local.best.parameters, "local")
+    return {f"near θ̂, {local.best.name}": values}
+
+
+def _announce(
+    problem: Problem,
+    choice: Choice,
+    learner: Learner | None,
+    num_em_steps: int,
+    own: SVITraining | None,
+) -> None:
+    """Say how long it may take, if that is long, without using up random numbers."""
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices):
+        evidence = foresee_evidence(problem, choice)
+        stages = {"log evidence and gap": _EVIDENCES * evidence}
+        if num_em_steps:
+            stages["near θ̂"] = _LOOKS * evidence
+        if learner is not None:
+            stages["reference, each start at most"] = learner.most_seconds(problem)
+        if own is not None:
+            stages["your training"] = own.most_seconds(problem)
+    if sum(stages.values()) > _WORTH_SAYING:
+        tqdm.write(f"audit: {spoken(stages)}", file=sys.stderr)
 
 
 def _shown(units: UnitEstimates) -> str:

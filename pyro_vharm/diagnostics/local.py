@@ -123,7 +123,12 @@ class LocalHarm:
     @property
     def findings(self) -> tuple[str, ...]:
         """What the numbers say, in words, most important first."""
-        return (*_gained(self), *_predicted(self), *_pulled(self), *_blind(self))
+        return (*_gained(self), *_predicted(self), *_pulled(self), *self.blind_spots)
+
+    @property
+    def blind_spots(self) -> tuple[str, ...]:
+        """Where a score of 0 does not mean a harm of 0, in words."""
+        return tuple(_blind(self))
 
     def __str__(self) -> str:
         count = self.predicted.num_units

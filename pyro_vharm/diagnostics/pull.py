@@ -215,7 +215,7 @@ class Reachability:
 
     def __str__(self) -> str:
         count = self.harm.num_units
-        title = "training data, " + ("one joint unit" if count == 1 else f"{count} units")
+        title = "reachability, " + ("one joint unit" if count == 1 else f"{count} units")
         rows = [_row(name, line) for name, line in self.ledger().items()]
         parts = [text_table([title, "total", "mc error", "per unit", "kind"], rows), ""]
         parts += [self._endpoint_table(), ""]

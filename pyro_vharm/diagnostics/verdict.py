@@ -1,22 +1,23 @@
-"""What an audit found, and what its numbers say in words."""
+"""The verdict of an audit: what its numbers say in words."""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from scipy.stats import chi2
 
-from pyro_vharm.diagnostics.gap import InferenceGap
+from pyro_vharm.diagnostics.causes import find_causes, foresee_changes
 from pyro_vharm.diagnostics.harm import LearningHarm
+from pyro_vharm.diagnostics.local import LocalHarm
+from pyro_vharm.diagnostics.pull import Reachability
 from pyro_vharm.estimates import Estimate
-from pyro_vharm.learning.reference import Reference
 from pyro_vharm.model.parameters import Parameters
-from pyro_vharm.tables import html_table, nats
+from pyro_vharm.tables import nats
 
-__all__ = ["Audit", "Verdict", "judge", "material_harm"]
+__all__ = ["Verdict", "judge", "material_harm"]
 
 type Outcome = Literal["harm", "no harm found", "undecided"]
 
@@ -40,40 +41,6 @@ class Verdict:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Audit:
-    """Everything one audit found. Print it for the ledger and the verdict.
-
-    Attributes:
-        gap: the inference gap at the learned parameters, on the training data.
-        harm: learning harm relative to the reference; ``None`` for a model without parameters.
-        verdict: the answer in words.
-        settings: the seed and the method's settings.
-    """
-
-    gap: InferenceGap
-    harm: LearningHarm | None
-    verdict: Verdict
-    settings: Mapping[str, str]
-
-    @property
-    def reference(self) -> Reference:
-        """The better parameters that were found; its ``apply()`` keeps them.
-
-        Raises:
-            AttributeError: for a model without parameters.
-        """
-        if self.harm is None:
-            raise AttributeError("a model without parameters has no reference")
-        return self.harm.reference
-
-    def __str__(self) -> str:
-        return f"{self.gap if self.harm is None else self.harm}\n\n{self.verdict}"
-
-    def _repr_html_(self) -> str:
-        return html_table(str(self))
-
-
 def material_harm(parameters: Parameters, num_units: int) -> float:
     """The least total harm worth the name, in nats: what fitting gains by chance.
 
@@ -86,7 +53,12 @@ def material_harm(parameters: Parameters, num_units: int) -> float:
     return min(float(chi2.ppf(0.95, count)) / 2, max(0.01 * num_units, 0.5))
 
 
-def judge(harm: LearningHarm, material: float) -> Verdict:
+def judge(
+    harm: LearningHarm,
+    material: float,
+    local: LocalHarm | None = None,
+    reachability: Reachability | None = None,
+) -> Verdict:
     """Judge the training data's harm against the least total that matters.
 
     *Harm* if its 95 % lower bound exceeds `material`; *no harm found* if its upper bound stays
@@ -100,8 +72,31 @@ def judge(harm: LearningHarm, material: float) -> Verdict:
     if harm.heldout_harm is not None:
         sentences.append(_heldout(harm.heldout_harm))
     if outcome == "harm":
-        sentences += [*_causes(harm), _remedy(harm)]
+        sentences += find_causes(harm)
+        sentences += [] if reachability is None else reachability.sentences()
+        sentences += [*_changes(harm, reachability), _keep(harm)]
+    elif local is not None:
+        sentences += local.blind_spots
     return Verdict(outcome, tuple(sentences))
+
+
+def _changes(harm: LearningHarm, reachability: Reachability | None) -> list[str]:
+    """The change that promises most, with what it may gain."""
+    changes = foresee_changes(harm, reachability)
+    if not changes:
+        return []
+    best = changes[0]
+    gain = nats(min(best.gain, harm.harm.value), 1)
+    return [f"The change that promises most: {best.advice} (up to {gain} nats)."]
+
+
+def _keep(harm: LearningHarm) -> str:
+    worse = harm.heldout_harm is not None and _heldout_is_worse(harm.heldout_harm)
+    caution = ", but look at the held-out data first" if worse else ""
+    return (
+        "audit.reference.apply() keeps the better parameters, with the guide retrained there"
+        f"{caution}."
+    )
 
 
 def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
@@ -181,7 +176,7 @@ def _visible(harm: LearningHarm) -> str:
         return "The guide holds latents as points, so there is no gap."
     gap, lost = harm.learned.gap.total(), harm.harm
     shown = f"The visible gap is {nats(gap.value, 2)} nats"
-    if not _positive(lost):
+    if lost.value <= 2 * lost.mc_error:
         return f"{shown}."
     if gap.value <= 2 * gap.mc_error:
         return f"{shown}: nothing of the harm can be seen in it."
@@ -193,76 +188,20 @@ def _tried(harm: LearningHarm) -> str:
     return f"Relative to the best of what was tried: {tried}."
 
 
+def _heldout_is_worse(heldout: Estimate) -> bool:
+    error = math.hypot(heldout.mc_error, heldout.sampling_error or 0.0)
+    return heldout.value < -2 * error
+
+
 def _heldout(heldout: Estimate) -> str:
     unit = heldout.per_unit
     error = (unit.mc_error**2 + (unit.sampling_error or 0.0) ** 2) ** 0.5
     shown = f"{nats(unit.value)} ± {nats(error)} nats per unit"
     if unit.value > 2 * error:
         return f"On held-out data the reference is better by {shown}."
-    if unit.value < -2 * error:
+    if _heldout_is_worse(heldout):
         return (
             f"On held-out data the reference is worse ({shown}): what was lost in training may be "
             "overfitting that the approximation avoided."
         )
     return f"On held-out data the two cannot be told apart: {shown}."
-
-
-def _positive(estimate: Estimate | None) -> bool:
-    return estimate is not None and estimate.value > 2 * estimate.mc_error
-
-
-def _causes(harm: LearningHarm) -> list[str]:
-    causes = []
-    retrained = harm.excess_retrained
-    if retrained is not None and _positive(retrained):
-        causes.append(
-            "The optimiser has a share: the ELBO itself is higher at the reference with the same "
-            f"guide retrained there, by {_shown(retrained)} nats, so it was not "
-            "maximised. Train longer, or from several starts."
-        )
-    refitted = harm.excess_refitted
-    if refitted is not None and _positive(refitted):
-        causes.append(
-            "The family alone does not explain the harm: with q refitted to each unit at both "
-            f"ends the ELBO prefers the reference, by {_shown(refitted)} nats.{_encoder(harm)}"
-        )
-    return causes or [_family(harm)]
-
-
-def _encoder(harm: LearningHarm) -> str:
-    amortization = harm.learned.amortization
-    if amortization is None or not _positive(amortization.total()):
-        return ""
-    return (
-        f" The encoder costs {_shown(amortization.total())} nats as trained: more capacity, or "
-        "more of its steps per step of the model, may help."
-    )
-
-
-def _family(harm: LearningHarm) -> str:
-    retrained, visible = harm.excess_retrained, harm.learned.gap
-    if retrained is None or visible is None:
-        return (
-            "A guide that holds latents as points trains the model on a joint density in place of "
-            "the evidence. A guide with a density would help."
-        )
-    if harm.excess is None or harm.reachability is None:
-        return (
-            "The guide's family could not be freed for each unit, so its share is unknown; the "
-            f"ELBO at the reference is {nats(-retrained.value, 2)} nats lower."
-        )
-    reach, gap = harm.reachability.total(), visible.total()
-    return (
-        f"The family is {_shown(reach)} nats from the reference's posteriors and {_shown(gap)} "
-        f"from the learned ones, so the ELBO is lower at the reference, by "
-        f"{nats(-harm.excess.value, 2)} nats. A family that bends the model looks like this; it is "
-        "no proof, as other maxima of the ELBO were not searched for. A richer family, or an "
-        "objective that bends the model less, would help."
-    )
-
-
-def _remedy(harm: LearningHarm) -> str:
-    keep = "audit.reference.apply() keeps the better parameters, with the guide retrained there"
-    if harm.learned.gap is None or not _positive(harm.learned.gap.total()):
-        return f"{keep}."
-    return f"{keep}; training with ImportanceWeightedELBO in place of Trace_ELBO leads toward them."

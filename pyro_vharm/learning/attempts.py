@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyro
@@ -32,8 +33,12 @@ def train_reference(
     *,
     journal: Journal,
     progress: bool,
+    known: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
 ) -> Reference:
-    """`learn_reference` for a problem that is prepared, without bounds; its θ and φ stay."""
+    """`learn_reference` for a problem that is prepared, without bounds; its θ and φ stay.
+
+    Values of θ that are `known` by some other way, unconstrained, are candidates too.
+    """
     if not problem.model_parameters.leaves:
         raise InputError(
             "the model has no parameters to learn, so there can be no learning harm; "
@@ -46,6 +51,7 @@ def train_reference(
             "all units together: a looser bound than one per unit"
         )
     found = [_as_learned(problem, journal)]
+    found += [_as_known(problem, name, values, journal) for name, values in known.items()]
     failures: list[tuple[Attempt, ArithmeticError]] = []
     for i, begun in enumerate(starts):
         try:
@@ -53,7 +59,7 @@ def train_reference(
         except ArithmeticError as error:
             failed = Attempt(f"{learner.name}, {begun.name}", None, f"failed: {error}")
             failures.append((failed, error))
-    if len(found) == 1:
+    if len(found) == 1 + len(known):
         raise failures[0][1]
     best = max(found, key=lambda candidate: candidate.log_evidence.value)
     guide_values = _retrain(problem, learner.guide_training, best.values, journal, progress)
@@ -101,6 +107,15 @@ def _as_learned(problem: Problem, journal: Journal) -> _Candidate:
     evidence = watch(problem, journal, "learned")
     values = Values(theta.values(), phi.values())
     return _Candidate(Attempt("θ̂ itself", evidence), evidence, values)
+
+
+def _as_known(
+    problem: Problem, name: str, values: Mapping[str, Tensor], journal: Journal
+) -> _Candidate:
+    theta, phi = problem.model_parameters, problem.guide_parameters
+    with theta.at(values):
+        evidence = watch(problem, journal, name)
+        return _Candidate(Attempt(name, evidence), evidence, Values(theta.values(), phi.values()))
 
 
 def _attempt(begun: Start, learner: Learner, journal: Journal, progress: bool) -> _Candidate:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
+from pyro_vharm.learning.foresight import timed
 from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.learning_run import Ending, LearningRun
 from pyro_vharm.learning.quasi_newton import descend
@@ -16,6 +17,8 @@ from pyro_vharm.model.problem import Problem
 from pyro_vharm.objectives.exact import ExactEvidence
 
 __all__ = ["ExactLearner"]
+
+_USUAL = 15  # evaluations, and as many more for each parameter
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,18 @@ class ExactLearner:
             InputError: if a unit has too many continuous dimensions.
         """
         self.objective.check(problem.densities[0])
+
+    def most_seconds(self, problem: Problem) -> float:
+        """As many evaluations as are usual for so many parameters, from timing one."""
+        leaves, objective = problem.model_parameters.trainable(), self.objective.renewed()
+        usual = min(_USUAL + _USUAL * sum(leaf.numel() for leaf in leaves), self.max_iterations)
+
+        def evaluate() -> None:
+            loss = objective.evaluate(problem.densities[0]).loss
+            torch.autograd.grad(loss, leaves, allow_unused=True)
+
+        share = problem.num_units / problem.densities[0].num_units
+        return usual * share * timed(evaluate)
 
     def learn(self, run: LearningRun) -> Ending:
         """Train θ, in place; φ stays as it is.

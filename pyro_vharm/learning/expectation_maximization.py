@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
+from pyro_vharm.learning.foresight import timed
 from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.learning_run import Ending, LearningRun, quick_choice
 from pyro_vharm.learning.posterior_particles import PosteriorParticles, draw_posteriors
@@ -61,6 +63,21 @@ class ExpectationMaximization:
 
     def check(self, problem: Problem) -> None:
         """Any problem will do."""
+
+    def most_seconds(self, problem: Problem) -> float:
+        """All draws of particles and all iterations of all M-steps, from timing one of each."""
+        leaves = problem.model_parameters.trainable()
+        choice = quick_choice(problem, _PARTICLES)
+        begun = time.perf_counter()
+        posteriors = draw_posteriors(problem.densities, choice)
+        drawing = time.perf_counter() - begun
+
+        def iterate() -> None:
+            losses = [part.loss(part.log_shares.exp()) for part in posteriors]
+            torch.autograd.grad(torch.stack(losses).sum(), leaves, allow_unused=True)
+
+        iterations = self.num_steps * self.max_iterations
+        return self.max_draws * drawing + iterations * timed(iterate)
 
     def learn(self, run: LearningRun) -> Ending:
         """Train θ, in place; φ stays as it is."""

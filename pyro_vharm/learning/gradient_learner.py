@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Estimate
+from pyro_vharm.learning.foresight import timed
 from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.journal import random_state, set_random_state
 from pyro_vharm.learning.learning_run import Ending, LearningRun, Values, is_higher
@@ -82,6 +84,17 @@ class GradientLearner:
             InputError: saying what stands in the way.
         """
         self.objective.check(problem.densities[0])
+
+    def most_seconds(self, problem: Problem) -> float:
+        """All steps of all rounds, from timing one step; compiled, they may take less."""
+        batch = cut_units(problem.densities[0], self.batch_size)[0]
+        objective = self.objective.renewed()
+        leaves = [*problem.model_parameters.trainable(), *problem.guide_parameters.trainable()]
+
+        def step() -> None:
+            torch.autograd.grad(objective.evaluate(batch).loss, leaves, allow_unused=True)
+
+        return self.max_rounds * self.num_steps * timed(step)
 
     def learn(self, run: LearningRun) -> Ending:
         """Train θ and φ, in place."""

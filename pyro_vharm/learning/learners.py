@@ -43,6 +43,10 @@ class Learner(Protocol):
         """Refuse a problem that it cannot learn from."""
         ...
 
+    def most_seconds(self, problem: Problem) -> float:
+        """How long it may take from one start, from timing a step of it."""
+        ...
+
     def learn(self, run: LearningRun) -> Ending:
         """Change the run's parameters for the better, in place."""
         ...
@@ -95,6 +99,11 @@ class ClimbingLearner:
                 "AutoNormal(model), and pass the result as reference="
             )
         raise InputError(obstacles[0])
+
+    def most_seconds(self, problem: Problem) -> float:
+        """The sum of the stages: it may end after the first two."""
+        able = [stage for stage in self.stages if not _obstacle(stage, problem)]
+        return sum(stage.most_seconds(problem) for stage in able)
 
     def learn(self, run: LearningRun) -> Ending:
         """Train θ and φ, in place."""

@@ -130,11 +130,21 @@ def _refit_freed(
         _fit(replace(densities, guide=freed), freed.leaves(), refit, progress)
         now = estimate_elbo(replace(densities, guide=freed), refit.num_particles).total()
         gain, error = now.value - best.value, math.hypot(now.mc_error, best.mc_error)
+        if gain < -2 * error:  # where it starts at the best of the family, steps add their noise
+            _back(freed)
+            break
         again = free_arguments(freed, densities.batch)
         if again is None or gain < max(2 * error, _LEAST_GAIN * abs(now.value)):
             break
         best, freed = now, FreedGuide(freed.guide, again.freed)
     return estimate_elbo(replace(densities, guide=freed), refit.num_particles)
+
+
+def _back(freed: FreedGuide) -> None:
+    """Undo a round: its leaves were 0 before."""
+    with torch.no_grad():
+        for leaf in freed.leaves():
+            leaf.zero_()
 
 
 def _fit(densities: UnitDensities, leaves: list[Tensor], refit: Refit, progress: bool) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from pyro.infer import SVI
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Estimate
+from pyro_vharm.learning.foresight import timed
 from pyro_vharm.learning.history import History
 from pyro_vharm.learning.learning_run import Ending, LearningRun
 from pyro_vharm.learning.objective_value import (
@@ -32,6 +34,7 @@ from pyro_vharm.learning.svi_optimizer import (
 )
 from pyro_vharm.learning.training import Schedule, shuffled_passes
 from pyro_vharm.model.problem import Problem
+from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
 
 __all__ = ["SVITraining", "Trained", "TrainingPoint"]
 
@@ -115,6 +118,20 @@ class SVITraining:
     def schedule(self) -> Schedule:
         """Of the Adam that stands in for a user's optimiser."""
         return Schedule(self.num_steps, self.learning_rate)
+
+    def most_seconds(self, problem: Problem) -> float:
+        """From the reference and on from θ̂, as if a draw took as long as one of the ELBO's."""
+        densities = problem.densities[0]
+        leaves = [*problem.model_parameters.trainable(), *problem.guide_parameters.trainable()]
+        if not densities.has_guide_density:
+            return 0.0
+
+        def step() -> None:
+            loss = importance_weighted_bound(densities, 1, 1).loss
+            torch.autograd.grad(loss, leaves, allow_unused=True)
+
+        draws = getattr(self.objective, "num_particles", 1)
+        return 2 * self.max_rounds * self.num_steps * draws * timed(step)
 
     def fit_guide(self, run: LearningRun) -> None:
         """Train φ alone, at θ as it is, until the objective moves no further; in place."""

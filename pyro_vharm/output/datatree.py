@@ -11,13 +11,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_vharm.diagnostics.audit_result import Audit
 from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.gap import InferenceGap
 from pyro_vharm.diagnostics.harm import LearningHarm
 from pyro_vharm.diagnostics.pull import Reachability
 from pyro_vharm.diagnostics.shape import IN_NATS, ContinuousShape, PosteriorShape
 from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis
-from pyro_vharm.diagnostics.verdict import Audit
 from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.inference.evidence import Evidence
 from pyro_vharm.learning.evidence_pair import EvidencePair

@@ -1,0 +1,120 @@
+"""Who is to blame for harm, as far as it can be told, and the change that promises most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pyro_vharm.diagnostics.harm import LearningHarm
+from pyro_vharm.diagnostics.pull import Reachability
+from pyro_vharm.estimates import Estimate
+from pyro_vharm.tables import nats
+
+__all__ = ["Change", "find_causes", "foresee_changes"]
+
+
+class Change(NamedTuple):
+    """Something that could be done about harm.
+
+    Attributes:
+        advice: what, as an instruction.
+        gain: nats of log evidence that it may gain, of the training data.
+    """
+
+    advice: str
+    gain: float
+
+
+def find_causes(harm: LearningHarm) -> list[str]:
+    """What the excess says of the optimiser, the encoder and the family, in sentences."""
+    causes = []
+    retrained, refitted = harm.excess_retrained, harm.excess_refitted
+    if _is_seen(retrained):
+        causes.append(
+            "The optimiser has a share: the ELBO itself is higher at the reference with the same "
+            f"guide retrained there, by {_shown(retrained)} nats, so it was not maximised."
+        )
+    if _is_seen(refitted):
+        causes.append(
+            "The family alone does not explain the harm: with q refitted to each unit at both "
+            f"ends the ELBO prefers the reference, by {_shown(refitted)} nats.{_encoder(harm)}"
+        )
+    return causes or [_family(harm)]
+
+
+def _encoder(harm: LearningHarm) -> str:
+    amortization = harm.learned.amortization
+    if amortization is None or not _is_seen(amortization.total()):
+        return ""
+    return f" The encoder costs {_shown(amortization.total())} nats as trained."
+
+
+def _family(harm: LearningHarm) -> str:
+    retrained, visible = harm.excess_retrained, harm.learned.gap
+    if retrained is None or visible is None:
+        return (
+            "A guide that holds latents as points trains the model on a joint density in place of "
+            "the evidence."
+        )
+    if harm.excess is None or harm.reachability is None:
+        return (
+            "The guide's family could not be freed for each unit, so its share is unknown; the "
+            f"ELBO at the reference is {nats(-retrained.value, 2)} nats lower."
+        )
+    reach, gap = harm.reachability.total(), visible.total()
+    return (
+        f"The family is {_shown(reach)} nats from the reference's posteriors and {_shown(gap)} "
+        f"from the learned ones, so the ELBO is lower at the reference, by "
+        f"{nats(-harm.excess.value, 2)} nats. A family that bends the model looks like this; it is "
+        "no proof, as other maxima of the ELBO were not searched for."
+    )
+
+
+def foresee_changes(harm: LearningHarm, reachability: Reachability | None) -> list[Change]:
+    """Changes to how the model is trained, the one that promises most nats first.
+
+    With `reachability` each has its own part of the harm: what training on gains; what the same
+    training gains from another start, if its objective prefers that end; and the pull. Without, the
+    whole harm is put down to what the excess shows: the optimiser where the ELBO is higher at the
+    reference with the guide as it is; else the encoder, where it is with q free; else the family.
+    """
+    changes = _apart(harm, reachability) if reachability is not None else _by_excess(harm)
+    return sorted(changes, key=lambda change: -change.gain)
+
+
+def _apart(harm: LearningHarm, found: Reachability) -> Iterator[Change]:
+    rest, preference = found.rest, found.preference
+    if _is_seen(found.unconverged):
+        yield Change("train on, as you do", found.unconverged.value)
+    if _is_seen(rest) and _is_seen(preference):
+        yield Change("train from other starts, or with other step sizes", rest.value)
+    elif _is_seen(rest):
+        yield Change(_guide_advice(harm), rest.value)
+    if _is_seen(found.pull):
+        yield Change(_guide_advice(harm), found.pull.value)
+
+
+def _by_excess(harm: LearningHarm) -> Iterator[Change]:
+    if _is_seen(harm.excess_retrained):
+        yield Change("train longer, or from several starts", harm.harm.value)
+    else:
+        yield Change(_guide_advice(harm), harm.harm.value)
+
+
+def _guide_advice(harm: LearningHarm) -> str:
+    if harm.learned.elbo is None:
+        return "use a guide with a density, such as AutoNormal"
+    if _is_seen(harm.excess_refitted):
+        return "give the encoder more capacity, or more steps for each step of the model"
+    return (
+        "take a richer family for the guide, or an objective that bends the model less, such as "
+        "ImportanceWeightedELBO"
+    )
+
+
+def _is_seen(estimate: Estimate | None) -> bool:
+    return estimate is not None and estimate.value > 2 * estimate.mc_error
+
+
+def _shown(estimate: Estimate | None) -> str:
+    return "" if estimate is None else f"{nats(estimate.value, 2)} ± {nats(estimate.mc_error, 2)}"
