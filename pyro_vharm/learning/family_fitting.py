@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ __all__ = ["check_families", "family_elbos"]
 _ROWS_PER_PASS, _ROWS_PER_STEP = 2**17, 2**16
 _PILOT, _SCOUTS, _POINTS, _NARROW = 32, 512, 3, 0.3
 _WIDE_SHARE = 0.5
-_MOST_ROUNDS, _LEAST_GAIN = 8, 1e-5
+_MOST_ROUNDS, _LEAST_GAIN, _SLOWER = 8, 1e-5, 0.4
 
 
 def check_families(families: Sequence[GuideFamily], problem: Problem) -> None:
@@ -119,19 +120,23 @@ def _fit_family(
 ) -> UnitFit:
     """A first round from every start, then rounds from the best while the total of L rises.
 
-    What a lower rung found is left only where the gain is twice its standard error.
+    A start that the first round made worse, as by the loss of a mode, is kept as it was. What a
+    lower rung found is left only where the gain is twice its standard error. Each round is
+    slower than the last, as the noise of gradients keeps a fit of many parameters off its optimum.
     """
     begun = _begun(family, starts, held)
-    best = _best(densities, _optimised(densities, begun, refit), refit)
+    best = _best(densities, _optimised(densities, begun, refit).joined(begun), refit)
     if held is not None:
         least = UnitFit(family, family.begin(held))
         gains = _gains(densities, best, least, refit)
         best = best.where(gains.values > 2 * gains.mc_errors, least)
-    for _ in range(_MOST_ROUNDS - 1):
-        now = _optimised(densities, best.rebased(), refit)
+    for again in range(1, _MOST_ROUNDS):
+        slower = replace(refit, learning_rate=refit.learning_rate * _SLOWER**again)
+        now = _optimised(densities, best.rebased(), slower)
         gains = _gains(densities, now, best, refit)
-        best = now.where(gains.values > 0, best)
         total = gains.total()
+        if total.value > 0:
+            best = now.where(gains.values > 0, best)
         if not total.value > max(2 * total.mc_error, _LEAST_GAIN * densities.num_units):
             break
     return best
@@ -139,11 +144,12 @@ def _fit_family(
 
 def _begun(family: GuideFamily, starts: _Starts, held: UnitGaussian | None) -> UnitFit:
     """A member for each start and unit, all units of the first start first."""
-    gaussians = [*starts.gaussians, *([] if held is None else [held])]
+    several = family.num_strata > 1  # such a family finds modes from the draws
+    gaussians = [*starts.gaussians[: 2 if several else None], *([] if held is None else [held])]
     mean = torch.cat([start.mean for start in gaussians])
     scale_tril = torch.cat([start.scale_tril for start in gaussians])
     begun = UnitFit(family, family.begin(UnitGaussian(mean, scale_tril)))
-    if family.num_strata == 1:
+    if not several:
         return begun
     return begun.joined(UnitFit(family, family.begin(gaussians[0], starts.draws)))
 

@@ -102,8 +102,7 @@ def _(result: InferenceGap) -> xr.DataTree:
     }
     totals = {name: None if line is None else line.total() for name, line in lines.items()}
     groups = {"ledger": _ledger(totals), "units": _units({"learned": _gap_units(result)})}
-    groups |= ladder_groups(result)
-    return _tree(groups, {"method": result.evidence.method})
+    return _tree(groups | ladder_groups(result), {"method": result.evidence.method})
 
 
 @to_datatree.register
