@@ -9,9 +9,11 @@ All numbers are in nats.
 """
 
 from pyro_vharm.auditing import audit
+from pyro_vharm.diagnostics.candidate_training import compare_guides
 from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.fulfilment import GapParts, SelfFulfilment, self_fulfilment
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
+from pyro_vharm.diagnostics.guide_comparison import CandidateRun, Difference, GuideComparison
 from pyro_vharm.diagnostics.harm import LearningHarm, learning_harm
 from pyro_vharm.diagnostics.modes import Modes
 from pyro_vharm.diagnostics.pull import Endpoint, Reachability
@@ -52,6 +54,7 @@ from pyro_vharm.inference.schedules import (
 )
 from pyro_vharm.inference.sequential import SequentialMonteCarlo
 from pyro_vharm.inference.start import MatchedStart, PriorStart
+from pyro_vharm.learning.candidates import Candidate, guide_ladder
 from pyro_vharm.learning.evidence_pair import EvidencePair
 from pyro_vharm.learning.exact_learner import ExactLearner
 from pyro_vharm.learning.expectation_maximization import ExpectationMaximization
@@ -67,6 +70,7 @@ from pyro_vharm.learning.svi_training import Trained, TrainingPoint
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
+from pyro_vharm.model.unit_guides import AutoUnitNormal
 from pyro_vharm.objectives.annealed import AnnealedELBO
 from pyro_vharm.objectives.chain_starts import GuideChains, PersistentChains
 from pyro_vharm.objectives.exact import ExactEvidence
@@ -86,8 +90,11 @@ __all__ = [
     "AnnealedImportanceSampling",
     "Attempt",
     "Audit",
+    "AutoUnitNormal",
     "Bound",
     "BridgeSampling",
+    "Candidate",
+    "CandidateRun",
     "Checkpoint",
     "ClimbingLearner",
     "Confirmation",
@@ -95,6 +102,7 @@ __all__ = [
     "DefensiveMixture",
     "DiagnosedHistory",
     "Diagnosis",
+    "Difference",
     "DiscreteShape",
     "DoublyReparameterized",
     "Endpoint",
@@ -108,6 +116,7 @@ __all__ = [
     "GapParts",
     "GradientLearner",
     "GuideChains",
+    "GuideComparison",
     "GuideProposal",
     "GuideTraining",
     "HamiltonianKernel",
@@ -155,10 +164,12 @@ __all__ = [
     "audit",
     "bdmc",
     "capture_parameters",
+    "compare_guides",
     "diagnose",
     "forget_compiled",
     "from_mcmc",
     "from_svi",
+    "guide_ladder",
     "inference_gap",
     "learn_reference",
     "learning_harm",
