@@ -267,6 +267,18 @@ def test_every_rung_of_the_ladder_can_be_trained(model):
     assert not list(pyro.get_param_store())
 
 
+def test_a_candidate_that_fails_is_left_out():
+    def broken(model, guide, v):
+        return pyro.param("a") * math.nan
+
+    v = torch.tensor([0.3, -1.0, 2.0])
+    pair = {"broken": vh.Candidate(AutoNormal, broken), "sound": AutoNormal}
+    found = briefly(one_joint_unit, pair, (v,), num_steps=12, num_seeds=1)
+    assert found.ranking == ("sound",) and "broken: left out" in str(found)
+    with pytest.raises(FloatingPointError):
+        briefly(one_joint_unit, {"broken": pair["broken"]}, (v,), num_steps=12)
+
+
 def test_bad_candidates_are_refused():
     v = torch.linspace(-1, 1, 4)
     model = Shifted()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from pyro_vharm.diagnostics.guide_comparison import CandidateRun, GuideComparison
 from pyro_vharm.errors import InputError
+from pyro_vharm.estimates import UnitEstimates
 from pyro_vharm.inference.agreement import Confirmation
 from pyro_vharm.inference.choice import InferenceMethod, choose_method
-from pyro_vharm.inference.evidence import estimate_evidence
+from pyro_vharm.inference.evidence import Evidence, estimate_evidence
 from pyro_vharm.learning.candidates import Candidate, MakeGuide
 from pyro_vharm.learning.journal import Journal
 from pyro_vharm.learning.learning_run import LearningRun
@@ -28,7 +29,7 @@ from pyro_vharm.learning.svi_optimizer import OwnOptimizer, title_optimizer
 from pyro_vharm.learning.svi_training import SVITraining
 from pyro_vharm.model.data import Data, as_batches
 from pyro_vharm.model.heldout import prepare_heldout
-from pyro_vharm.model.problem import prepare
+from pyro_vharm.model.problem import Problem, prepare
 from pyro_vharm.model.state import reachable_modules, untouched
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.objectives.exact import ExactEvidence
@@ -80,8 +81,9 @@ def compare_guides(
         progress: show bars on long work.
 
     Raises:
-        InputError: where an argument breaks a constraint.
-        FloatingPointError: if a training finds no finite gradient.
+        InputError: where an argument or candidate breaks a constraint, before any training.
+        ArithmeticError: if no candidate can be trained. One that fails, as by a gradient that is
+            not finite, is left out with a note.
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoDelta, AutoNormal
@@ -111,13 +113,11 @@ def compare_guides(
         unit_plate,
         progress,
     )
-    runs: dict[str, list[CandidateRun]] = {name: [] for name in chosen}
-    work = [(name, k) for name in chosen for k in range(num_seeds)]
-    bar = tqdm(work, desc="candidates", disable=not progress or None, leave=False)
     with untouched(seed, model):
-        for name, k in bar:
-            with _afresh(started, seed + k) as again:
-                runs[name].append(trial.run(name, chosen[name], again))
+        for name, candidate in chosen.items():
+            with _afresh(started, seed) as again:
+                trial.prepare(name, candidate, again)
+        runs = _run_all(trial, chosen, started, range(seed, seed + num_seeds))
     notes = [f"{', '.join(names)}: {note}" for note, names in trial.notes.items()]
     if fresh is None and any(list(root.parameters()) for root in reachable_modules(model)):
         notes.append(
@@ -130,6 +130,36 @@ def compare_guides(
         "method": runs[next(iter(runs))][0].evidence.method,
     }
     return GuideComparison(runs, trial.titles, tuple(notes), settings)
+
+
+def _run_all(
+    trial: _Trial,
+    candidates: Mapping[str, Candidate],
+    started: Callable[[], PyroFunction],
+    seeds: Sequence[int],
+) -> dict[str, list[CandidateRun]]:
+    """The runs of the candidates that could be trained with every seed.
+
+    Raises:
+        ArithmeticError: that of the last, if none could.
+    """
+    runs: dict[str, list[CandidateRun]] = {}
+    failure: ArithmeticError | None = None
+    shown = not trial.progress or None
+    for name in tqdm(candidates, desc="candidates", disable=shown, leave=False):
+        found = []
+        try:
+            for seed in seeds:
+                with _afresh(started, seed) as again:
+                    found.append(trial.run(name, candidates[name], again))
+        except ArithmeticError as error:
+            failure = error
+            trial.note(f"left out, as its training failed: {error}", name)
+            continue
+        runs[name] = found
+    if failure is not None and not runs:
+        raise failure
+    return runs
 
 
 @dataclass(frozen=True)
@@ -147,8 +177,10 @@ class _Trial:
     titles: dict[str, str] = field(default_factory=dict)
     guides: dict[int, object] = field(default_factory=dict)
 
-    def run(self, name: str, candidate: Candidate, model: PyroFunction) -> CandidateRun:
-        """Train and measure, in a param store and with modules that are put back afterwards."""
+    def prepare(
+        self, name: str, candidate: Candidate, model: PyroFunction
+    ) -> tuple[Problem, OwnObjective]:
+        """A new guide, checked with the model; and what they are trained on."""
         guide = self._new_guide(name, candidate, model)
         problem = prepare(model, guide, self.data, unit_plate=self.unit_plate)
         if not problem.model_parameters.leaves:
@@ -158,33 +190,41 @@ class _Trial:
             )
         objective = candidate.objective or self.objective or default_objective(problem)
         self.titles[name] = title_objective(objective)
+        return problem, objective
+
+    def note(self, what: str, name: str) -> None:
+        """Of a candidate; the same of several is said once."""
+        self.notes.setdefault(what, {})[name] = None
+
+    def run(self, name: str, candidate: Candidate, model: PyroFunction) -> CandidateRun:
+        """Train and measure, in a param store and with modules that are put back afterwards."""
+        problem, objective = self.prepare(name, candidate, model)
         trained = replace(self.training, objective=objective).settle(
             LearningRun(problem, Journal(), self.progress)
         )
-        choice = choose_method(problem.densities, self.method)
-        evidence = estimate_evidence(
-            problem.densities, choice, confirmation=Confirmation(), progress=self.progress
-        )
         trains_guide = not isinstance(objective, ExactEvidence)
-        elbo = elbo_over_batches(problem, Refit().num_particles) if trains_guide else None
+        return CandidateRun(
+            evidence=self._evidence(problem, Confirmation()),
+            elbo=elbo_over_batches(problem, Refit().num_particles) if trains_guide else None,
+            heldout=self._heldout(name, problem),
+            parameters=problem.model_parameters.constrained(),
+            ending=trained.ending,
+            num_steps=trained.num_steps,
+            seconds=trained.seconds,
+            cpu_seconds=trained.cpu_seconds,
+        )
+
+    def _evidence(self, problem: Problem, confirmation: Confirmation | None = None) -> Evidence:
+        choice = choose_method(problem.densities, self.method)
+        return estimate_evidence(
+            problem.densities, choice, confirmation=confirmation, progress=self.progress
+        )
+
+    def _heldout(self, name: str, problem: Problem) -> UnitEstimates | None:
         held, notes = prepare_heldout(problem, self.heldout)
         for note in notes:
-            self.notes.setdefault(note, {})[name] = None
-        found = None
-        if held is not None:
-            found = estimate_evidence(
-                held.densities, choose_method(held.densities, self.method), progress=self.progress
-            ).per_unit
-        return CandidateRun(
-            evidence,
-            elbo,
-            found,
-            problem.model_parameters.constrained(),
-            trained.ending,
-            trained.num_steps,
-            trained.seconds,
-            trained.cpu_seconds,
-        )
+            self.note(note, name)
+        return None if held is None else self._evidence(held).per_unit
 
     def _new_guide(self, name: str, candidate: Candidate, model: PyroFunction) -> PyroFunction:
         guide = candidate.guide(model)
