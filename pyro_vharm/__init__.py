@@ -11,9 +11,11 @@ All numbers are in nats.
 from pyro_vharm.auditing import audit
 from pyro_vharm.diagnostics.activity import ActiveUnits
 from pyro_vharm.diagnostics.audit_result import Audit
+from pyro_vharm.diagnostics.candidate_training import compare_guides
 from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.fulfilment import GapParts, SelfFulfilment, self_fulfilment
 from pyro_vharm.diagnostics.gap import InferenceGap, inference_gap
+from pyro_vharm.diagnostics.guide_comparison import CandidateRun, Difference, GuideComparison
 from pyro_vharm.diagnostics.harm import LearningHarm, learning_harm
 from pyro_vharm.diagnostics.local import LocalHarm, LocalPoint, Surroundings
 from pyro_vharm.diagnostics.local_measurement import local_harm
@@ -57,6 +59,7 @@ from pyro_vharm.inference.schedules import (
 )
 from pyro_vharm.inference.sequential import SequentialMonteCarlo
 from pyro_vharm.inference.start import MatchedStart, PriorStart
+from pyro_vharm.learning.candidates import Candidate, guide_ladder
 from pyro_vharm.learning.evidence_pair import EvidencePair
 from pyro_vharm.learning.exact_learner import ExactLearner
 from pyro_vharm.learning.expectation_maximization import ExpectationMaximization
@@ -74,6 +77,7 @@ from pyro_vharm.learning.unit_flows import Flow
 from pyro_vharm.model.compilation import forget_compiled
 from pyro_vharm.model.parameters import Parameters, capture_parameters
 from pyro_vharm.model.simulation import Simulation, simulate
+from pyro_vharm.model.unit_guides import AutoUnitNormal
 from pyro_vharm.objectives.annealed import AnnealedELBO
 from pyro_vharm.objectives.chain_starts import GuideChains, PersistentChains
 from pyro_vharm.objectives.exact import ExactEvidence
@@ -94,8 +98,11 @@ __all__ = [
     "AnnealedImportanceSampling",
     "Attempt",
     "Audit",
+    "AutoUnitNormal",
     "Bound",
     "BridgeSampling",
+    "Candidate",
+    "CandidateRun",
     "Checkpoint",
     "ClimbingLearner",
     "Confirmation",
@@ -103,6 +110,7 @@ __all__ = [
     "DefensiveMixture",
     "DiagnosedHistory",
     "Diagnosis",
+    "Difference",
     "DiscreteShape",
     "DoublyReparameterized",
     "Endpoint",
@@ -118,6 +126,7 @@ __all__ = [
     "GapParts",
     "GradientLearner",
     "GuideChains",
+    "GuideComparison",
     "GuideProposal",
     "GuideTraining",
     "HamiltonianKernel",
@@ -170,10 +179,12 @@ __all__ = [
     "audit",
     "bdmc",
     "capture_parameters",
+    "compare_guides",
     "diagnose",
     "forget_compiled",
     "from_mcmc",
     "from_svi",
+    "guide_ladder",
     "inference_gap",
     "learn_reference",
     "learning_harm",

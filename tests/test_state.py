@@ -110,6 +110,15 @@ CALLS = {
     "reachability": lambda m, g, v: vh.reachability(
         m, g, (v,), reference=moved(m, v), num_steps=3, max_rounds=1, refit=SHORT, progress=False
     ),
+    "compare_guides": lambda m, g, v: vh.compare_guides(
+        m,
+        {"mean field": AutoNormal, "full rank": vh.AutoUnitNormal},
+        (v,),
+        num_seeds=1,
+        num_steps=2,
+        max_rounds=1,
+        progress=False,
+    ),
     "posterior_shape": lambda m, g, v: vh.posterior_shape(m, (v,), guide=g, progress=False),
     "diagnose": lambda m, g, v: vh.diagnose(recorded(m, g), (v,), refit=SHORT, progress=False),
     "history": lambda m, g, v: held(recorded(m, g)),

@@ -173,10 +173,12 @@ class Reachability:
         told = f"there the objective is {_signed(preference)} nats against where θ̂ leads"
         if self._counts(self.rest):
             if preference.value > 2 * preference.mc_error:
+                settled = self.training.ending.converged
+                remedy = "Other starts or other step sizes" if settled else "More steps"
                 yield (
                     f"The optimiser never got there: from the reference, the same training ends at "
-                    f"{self.rest} nats more log evidence than from θ̂, and {told}. Other starts, "
-                    "step sizes or more random restarts may help."
+                    f"{self.rest} nats more log evidence than from θ̂, and {told}. {remedy} may "
+                    "help."
                 )
             elif preference.value < -2 * preference.mc_error:
                 yield (

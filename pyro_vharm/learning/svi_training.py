@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
 __all__ = ["SVITraining", "Trained", "TrainingPoint"]
 
 _LEAST_MOVE = 0.05  # nats in total
-_LOOKS_PER_ROUND = 4
+_END = object()
 
 
 class TrainingPoint(NamedTuple):
@@ -66,6 +67,8 @@ class Trained:
         ending: whether it settled.
         num_rounds: rounds that were taken.
         num_steps: gradient steps in all of them.
+        seconds: wall clock of the steps alone, without looking on.
+        cpu_seconds: of this process, for the same.
     """
 
     points: tuple[TrainingPoint, ...]
@@ -73,6 +76,8 @@ class Trained:
     ending: Ending
     num_rounds: int
     num_steps: int
+    seconds: float
+    cpu_seconds: float
 
     @property
     def last_move(self) -> float:
@@ -97,6 +102,7 @@ class SVITraining:
         learning_rate: first step size of that Adam.
         max_rounds: the budget.
         num_particles: draws that evaluate an ELBO.
+        looks: how often in a round objective and log evidence are looked at, its end among these.
     """
 
     objective: OwnObjective
@@ -105,14 +111,16 @@ class SVITraining:
     learning_rate: float = 0.003
     max_rounds: int = 8
     num_particles: int = 400
+    looks: int = 4
 
     def __post_init__(self) -> None:
         check_objective(self.objective)
         object.__setattr__(self, "objective", copy_objective(self.objective))
         check_optimizer(self.optimizer)
         Schedule(self.num_steps, self.learning_rate)
-        if self.max_rounds < 1:
-            raise InputError(f"max_rounds must be at least 1, not {self.max_rounds}")
+        for name in ("max_rounds", "looks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @property
     def schedule(self) -> Schedule:
@@ -153,9 +161,9 @@ class SVITraining:
         before it: to and fro is the optimiser's noise.
         """
         run.num_steps = 0
-        points, ends = [self._look(run)], [0]
+        points, ends, watch = [self._look(run)], [0], _Stopwatch()
         for _ in range(self.max_rounds):
-            for _part in self._round(run, "training"):
+            for _part in watch.running(self._round(run, "training")):
                 points.append(self._look(run))
             ends.append(len(points) - 1)
             reached = [points[i] for i in ends]
@@ -168,7 +176,8 @@ class SVITraining:
         else:
             ending = Ending(False, f"still moving after {self.max_rounds} rounds")
         history = History(run.problem.model, run.problem.guide, tuple(run.checkpoints))
-        return Trained(tuple(points), history, ending, len(ends) - 1, run.num_steps)
+        cost = watch.seconds, watch.cpu_seconds
+        return Trained(tuple(points), history, ending, len(ends) - 1, run.num_steps, *cost)
 
     def go_on(self, run: LearningRun, num_rounds: int) -> None:
         """Train θ and φ for so many rounds, whatever they bring, in place."""
@@ -200,7 +209,7 @@ class SVITraining:
         model, guide = as_written(run.problem, self.objective)
         steps = GuardedSteps(fresh_optimizer(self.optimizer, self.schedule), frozen)
         svi = SVI(model, guide, steps, loss=renew_objective(self.objective))
-        looks = min(_LOOKS_PER_ROUND, self.num_steps)
+        looks = min(self.looks, self.num_steps)
         pauses = {self.num_steps * (i + 1) // looks for i in range(looks)}
         bar = tqdm(
             shuffled_passes(len(batches), self.num_steps),
@@ -215,6 +224,24 @@ class SVITraining:
             if done % len(batches) == 0:
                 steps.end_pass(_first(loss))
             if done in pauses:
+                yield
+
+
+@dataclass
+class _Stopwatch:
+    """Time that an iterator takes, without what is done between its items."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def running(self, parts: Iterator[None]) -> Iterator[None]:
+        done = False
+        while not done:
+            begun = time.perf_counter(), time.process_time()
+            done = next(parts, _END) is _END
+            self.seconds += time.perf_counter() - begun[0]
+            self.cpu_seconds += time.process_time() - begun[1]
+            if not done:
                 yield
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vharm.diagnostics.audit_result import Audit
 from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
 from pyro_vharm.diagnostics.gap import InferenceGap
+from pyro_vharm.diagnostics.guide_comparison import GuideComparison
 from pyro_vharm.diagnostics.harm import LearningHarm
 from pyro_vharm.diagnostics.pull import Reachability
 from pyro_vharm.diagnostics.shape import IN_NATS, ContinuousShape, PosteriorShape
@@ -22,6 +23,7 @@ from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.inference.evidence import Evidence
 from pyro_vharm.learning.evidence_pair import EvidencePair
 from pyro_vharm.output.ladder import ladder_groups
+from pyro_vharm.output.comparison_tree import comparison_datasets
 
 __all__ = ["to_datatree"]
 
@@ -49,13 +51,15 @@ def to_datatree(result: object) -> xr.DataTree:
     * ``reachability``: of a `Reachability`, its ledger; its ``trajectory`` has ``objective`` and
       ``log_evidence`` per unit from the reference on, and its ``units`` have the four endpoints as
       ``parameters``.
+    * ``comparison`` and ``runs``: of a `GuideComparison`, over ``candidate`` (best first), and over
+      ``candidate`` and ``seed``.
     * ``shape`` and ``posterior``: of a posterior shape, its measures per ``unit`` and ``latent``,
       with each one's ``_mc_error``, and unweighted draws on the unconstrained scale;
       ``discrete_shape``: of discrete latents, with the most probable configurations by ``rank``.
 
     Args:
         result: an `Audit`, `LearningHarm`, `InferenceGap`, `Evidence`, `DiagnosedHistory`,
-            `Reachability` or `PosteriorShape`.
+            `Reachability`, `GuideComparison` or `PosteriorShape`.
 
     Raises:
         TypeError: for anything else.
@@ -159,6 +163,12 @@ def _(result: Reachability) -> xr.DataTree:
     settings = {f"setting_{name}": value for name, value in result.settings.items()}
     noise = {"training_noise": str(result.training_noise)}
     return _tree(groups, settings | noise | {"sentences": " ".join(result.sentences())})
+
+
+@to_datatree.register
+def _(result: GuideComparison) -> xr.DataTree:
+    settings = {f"setting_{name}": value for name, value in result.settings.items()}
+    return _tree(comparison_datasets(result), settings | {"notes": "; ".join(result.notes)})
 
 
 @to_datatree.register
