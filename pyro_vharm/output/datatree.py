@@ -22,8 +22,8 @@ from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis
 from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.inference.evidence import Evidence
 from pyro_vharm.learning.evidence_pair import EvidencePair
-from pyro_vharm.output.ladder import ladder_groups
 from pyro_vharm.output.comparison_tree import comparison_datasets
+from pyro_vharm.output.ladder import ladder_groups
 
 __all__ = ["to_datatree"]
 
