@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import singledispatch
 from importlib.metadata import version
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_vharm.diagnostics.discrete_shape import DiscreteShape
+from pyro_vharm.diagnostics.fulfilment import SelfFulfilment
 from pyro_vharm.diagnostics.gap import InferenceGap
 from pyro_vharm.diagnostics.harm import LearningHarm
-from pyro_vharm.diagnostics.shape import IN_NATS, ContinuousShape, PosteriorShape
-from pyro_vharm.diagnostics.trajectory import DiagnosedHistory, Diagnosis
+from pyro_vharm.diagnostics.shape import PosteriorShape
+from pyro_vharm.diagnostics.trajectory import DiagnosedHistory
 from pyro_vharm.diagnostics.verdict import Audit
 from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.inference.evidence import Evidence
 from pyro_vharm.learning.evidence_pair import EvidencePair
+from pyro_vharm.output.labelled import NATS, as_array
+from pyro_vharm.output.shape_datasets import shape_datasets, shapes_along
+from pyro_vharm.output.trajectory_datasets import gap_parts, parameters_along, trajectory
 
 __all__ = ["to_datatree"]
-
-_UNITS = {"units": "nats"}
 
 
 @singledispatch
@@ -40,14 +40,17 @@ def to_datatree(result: object) -> xr.DataTree:
     * ``bounds``, ``heldout_bounds``: replicates of the stochastic bounds on the totals.
     * ``trajectory``: of a diagnosed history, totals of the same over the coordinate
       ``checkpoint``, whose values are steps; its ``units`` have that coordinate in place of
-      ``parameters``, and ``theta`` has the parameters on the user-facing scale.
+      ``parameters``, and ``theta`` has the parameters on the user-facing scale. Of
+      self-fulfilment, also ``reference_trajectory``.
     * ``shape`` and ``posterior``: of a posterior shape, its measures per ``unit`` and ``latent``,
       with each one's ``_mc_error``, and unweighted draws on the unconstrained scale;
       ``discrete_shape``: of discrete latents, with the most probable configurations by ``rank``.
+      Of a diagnosed history both have the dim ``checkpoint``, and at most 200 draws.
+    * ``observed_data``: the data of each unit, by the names of the model's arguments.
 
     Args:
-        result: an `Audit`, `LearningHarm`, `InferenceGap`, `Evidence`, `DiagnosedHistory` or
-            `PosteriorShape`.
+        result: an `Audit`, `LearningHarm`, `InferenceGap`, `Evidence`, `DiagnosedHistory`,
+            `SelfFulfilment` or `PosteriorShape`.
 
     Raises:
         TypeError: for anything else.
@@ -79,6 +82,8 @@ def _(result: LearningHarm) -> xr.DataTree:
         groups["heldout_ledger"] = _ledger(result.heldout_ledger())
         groups["heldout_units"] = _units({"learned": learned, "reference": reference})
         groups |= _bounds("heldout_bounds", result.heldout)
+    if result.reference.unit_data:
+        groups["observed_data"] = _observed(result.reference.unit_data)
     tried = "; ".join(attempt.name for attempt in result.reference.attempts)
     return _tree(groups, {"tried": tried, "notes": "; ".join(result.notes)})
 
@@ -110,110 +115,34 @@ def _(result: Evidence) -> xr.DataTree:
 def _(result: DiagnosedHistory) -> xr.DataTree:
     if not result.diagnoses:
         raise ValueError("no checkpoint is diagnosed yet; call diagnose(history, data) first")
-    found = list(result.diagnoses.values())
-    steps = np.array(result.steps)
-    theta = {
-        name: (("checkpoint", *(f"{name}_dim_{i}" for i in range(value.dim()))), stacked)
-        for name, value in found[0].parameters.items()
-        for stacked in [np.stack([_numpy(each.parameters[name]) for each in found])]
-    }
-    per_unit = [_gap_units(each.gap) for each in found]
-    common = set.intersection(*map(set, per_unit))
+    found = result.diagnoses
+    per_unit = {step: _gap_units(each.gap) for step, each in found.items()}
+    common = set.intersection(*map(set, per_unit.values()))
     units = {
         step: {name: part for name, part in each.items() if name in common}
-        for step, each in zip(result.steps, per_unit, strict=True)
+        for step, each in per_unit.items()
     }
     groups = {
-        "trajectory": _totals([_lines(each) for each in found], steps),
+        "trajectory": trajectory(found),
         "units": _units(units, "checkpoint"),
-        "theta": xr.Dataset(theta, coords={"checkpoint": steps}),
+        "theta": parameters_along(found),
+        **shapes_along({step: each.shape for step, each in found.items()}),
     }
     return _tree(groups, {f"setting_{name}": value for name, value in result.settings.items()})
 
 
 @to_datatree.register
+def _(result: SelfFulfilment) -> xr.DataTree:
+    groups = {"trajectory": gap_parts(result.trained)}
+    if result.reference:
+        groups["reference_trajectory"] = gap_parts(result.reference)
+    return _tree(groups, {})
+
+
+@to_datatree.register
 def _(result: PosteriorShape) -> xr.DataTree:
-    groups: dict[str, xr.Dataset] = {}
-    if result.continuous is not None:
-        groups |= _continuous_shape(result.continuous)
-    if result.discrete is not None:
-        groups["discrete_shape"] = _discrete_shape(result.discrete)
     method = "enumeration" if result.continuous is None else result.continuous.method
-    return _tree(groups, {"method": method})
-
-
-def _continuous_shape(result: ContinuousShape) -> dict[str, xr.Dataset]:
-    variables: dict[str, tuple[tuple[str, ...], np.ndarray, Mapping[str, str]]] = {}
-    for name in IN_NATS:
-        units: UnitEstimates = getattr(result, name)
-        variables[name] = (("unit",), _numpy(units.values), _UNITS)
-        variables[f"{name}_mc_error"] = (("unit",), _numpy(units.errors), _UNITS)
-    measured = {"effective_rank": result.effective_rank, **result.coordinates}
-    for name, (values, errors) in measured.items():
-        dims = ("unit", "latent")[: values.dim()]
-        variables[name] = (dims, _numpy(values), {})
-        variables[f"{name}_mc_error"] = (dims, _numpy(errors), {})
-    modes = result.modes
-    variables |= {
-        "dip": (("unit", "axis"), _numpy(result.dips), {}),
-        "dip_p_value": (("unit", "axis"), _numpy(result.dip_p_values), {}),
-        "num_modes": (("unit",), modes.counts.cpu().numpy(), {}),
-        "mode_mass": (("unit", "mode"), _numpy(modes.masses), {}),
-        "mode_location": (("mode", "unit", "latent"), _numpy(modes.locations), {}),
-        "effective_size": (("unit",), _numpy(result.effective_sizes), {}),
-    }
-    labels = np.array(result.labels, dtype=f"U{max(map(len, result.labels))}")
-    coords = {"unit": np.arange(len(modes.counts)), "latent": labels}
-    draws = (("chain", "draw", "unit", "latent"), _numpy(result.draws)[None])
-    index = {"chain": [0], "draw": np.arange(len(result.draws))}
-    return {
-        "shape": xr.Dataset(variables, coords=coords),
-        "posterior": xr.Dataset({"latents": draws}, coords={**coords, **index}),
-    }
-
-
-def _discrete_shape(result: DiscreteShape) -> xr.Dataset:
-    variables: dict[str, tuple[tuple[str, ...], np.ndarray, Mapping[str, str]]] = {}
-    for name in ("entropy", "total_correlation"):
-        units: UnitEstimates = getattr(result, name)
-        variables[name] = (("unit",), _numpy(units.values), _UNITS)
-        variables[f"{name}_mc_error"] = (("unit",), _numpy(units.errors), _UNITS)
-    values, errors = result.probabilities
-    variables["probability"] = (("unit", "rank"), _numpy(values), {})
-    variables["probability_mc_error"] = (("unit", "rank"), _numpy(errors), {})
-    codes = result.configurations.cpu().numpy()
-    variables["configuration"] = (("unit", "rank", "element"), codes, {})
-    labels = np.array(result.labels, dtype=f"U{max(map(len, result.labels))}")
-    return xr.Dataset(variables, coords={"unit": np.arange(len(codes)), "element": labels})
-
-
-def _lines(found: Diagnosis) -> dict[str, UnitEstimates]:
-    gap, shape, discrete = found.gap, found.shape.continuous, found.shape.discrete
-    lines = {
-        "log_evidence": gap.evidence.per_unit,
-        "elbo": gap.elbo,
-        "inference_gap": gap.gap,
-        "approximation_gap": gap.approximation,
-        "amortization_gap": gap.amortization,
-        **({} if shape is None else {name: getattr(shape, name) for name in IN_NATS}),
-    }
-    if discrete is not None:
-        lines["discrete_entropy"] = discrete.entropy
-        lines["discrete_total_correlation"] = discrete.total_correlation
-    return {name: line for name, line in lines.items() if line is not None}
-
-
-def _totals(lines: Sequence[Mapping[str, UnitEstimates]], steps: np.ndarray) -> xr.Dataset:
-    """Totals along checkpoints; NaN where a checkpoint has no such number."""
-    names = dict.fromkeys(name for each in lines for name in each)
-    variables = {}
-    for name in names:
-        totals = [each[name].total() if name in each else None for each in lines]
-        for suffix, field in (("", "value"), ("_mc_error", "mc_error")):
-            column = [np.nan if t is None else getattr(t, field) for t in totals]
-            variables[f"{name}{suffix}"] = ("checkpoint", np.array(column), _UNITS)
-    num_units = next(iter(lines[0].values())).num_units
-    return xr.Dataset(variables, coords={"checkpoint": steps}, attrs={"num_units": num_units})
+    return _tree(shape_datasets(result), {"method": method})
 
 
 def _tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str]) -> xr.DataTree:
@@ -240,7 +169,7 @@ def _ledger(lines: Mapping[str, Estimate | None]) -> xr.Dataset:
         "mc_error": [line.mc_error for line in known.values()],
         "sampling_error": sampling,
     }
-    variables = {name: ("quantity", np.array(column), _UNITS) for name, column in columns.items()}
+    variables = {name: ("quantity", np.array(column), NATS) for name, column in columns.items()}
     kinds = ("quantity", np.array([str(line.kind) for line in known.values()], dtype="U12"))
     num_units = next(iter(known.values())).num_units
     return xr.Dataset(
@@ -267,9 +196,9 @@ def _units[Label: (str, int)](
     datasets = [
         xr.Dataset(
             {
-                **{name: ("unit", _numpy(part.values), _UNITS) for name, part in units.items()},
+                **{name: ("unit", as_array(part.values), NATS) for name, part in units.items()},
                 **{
-                    f"{name}_mc_error": ("unit", _numpy(part.mc_errors), _UNITS)
+                    f"{name}_mc_error": ("unit", as_array(part.mc_errors), NATS)
                     for name, part in units.items()
                 },
             }
@@ -281,6 +210,14 @@ def _units[Label: (str, int)](
     return joined.assign_coords(unit=np.arange(joined.sizes["unit"]))
 
 
+def _observed(data: Mapping[str, Tensor]) -> xr.Dataset:
+    variables = {
+        name: (("unit", *(f"{name}_dim_{i}" for i in range(value.dim() - 1))), value.numpy())
+        for name, value in sorted(data.items())
+    }
+    return xr.Dataset(variables).assign_coords(unit=np.arange(len(next(iter(data.values())))))
+
+
 def _bounds(group: str, pair: EvidencePair) -> dict[str, xr.Dataset]:
     variables = {}
     for parameters, evidence in (("learned", pair.learned), ("reference", pair.reference)):
@@ -288,9 +225,5 @@ def _bounds(group: str, pair: EvidencePair) -> dict[str, xr.Dataset]:
         for side, replicates in sides.items():
             if replicates is not None:
                 dim = f"{parameters}_replicate"
-                variables[f"{parameters}_{side}"] = (dim, _numpy(replicates), _UNITS)
+                variables[f"{parameters}_{side}"] = (dim, as_array(replicates), NATS)
     return {group: xr.Dataset(variables)} if variables else {}
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.detach().to("cpu", torch.float64).numpy()
