@@ -230,8 +230,12 @@ def test_report_of_whatever_the_tree_has(trained, tmp_path):
     assert audit.verdict.outcome in page and "audit = vh.audit(" in page
     assert "method=vh.AnnealedImportanceSampling(" in page and "kernel=vh.Hamiltonian" in page
     assert "reference=reference" in page and "heldout=heldout" in page
-    assert page.count("<img") == 2 and "http" not in page, "needs no network"
+    assert page.count("<img") == 3 and "http" not in page, "needs no network"
     assert f"{audit.harm.harm.value:.3f}" in page
+    shown = vh.report(images_tree(), tmp_path / "u.html", images="images", image_shape=(2, 3))
+    assert shown.read_text(encoding="utf-8").count("<img") == 1
+    with pytest.raises(KeyError, match="observed_data"):
+        vh.report(audit, tmp_path / "u.html", images="pixels")
     groups = {
         "trajectory": pulled()["trajectory"],
         "families": ladder()["families"],

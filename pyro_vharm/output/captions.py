@@ -24,8 +24,9 @@ class Drawing(NamedTuple):
     """A figure that a tree may have: which groups and variables it needs, and what it shows."""
 
     needs: Mapping[str, Sequence[str]]
-    draw: Callable[[xr.DataTree], Figure]
+    draw: Callable[..., Figure]
     caption: str
+    of_units: bool = False
 
 
 _DRAWINGS = (
@@ -34,6 +35,7 @@ _DRAWINGS = (
         plot_units,
         "Harm of each unit of the training data, in nats, the most harmed first. Orange was "
         "harmed, blue was helped. Lines are two standard errors of the estimator's random numbers.",
+        of_units=True,
     ),
     Drawing(
         {"families": ["family"]},

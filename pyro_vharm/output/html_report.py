@@ -6,10 +6,11 @@ import base64
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import xarray as xr
@@ -25,6 +26,7 @@ from pyro_vharm.tables import nats
 __all__ = ["report"]
 
 _DPI = 160
+_LEDGER_CAPTION = "From log evidence at the reference down to the ELBO, with two standard errors"
 _HANDED_IN = "handed in"
 _CLASS = re.compile(r"\b([A-Z]\w*)\(")
 _STYLE = """
@@ -34,18 +36,25 @@ h1 { font-size: 1.5rem; margin-bottom: 0.2rem; } h2 { font-size: 1.15rem; margin
 .verdict { border-left: 6px solid #5a5a5a; background: #f5f5f5; padding: 0.6rem 1.1rem; }
 .verdict.harm { border-color: #d55e00; } .verdict.none { border-color: #0072b2; }
 .verdict strong { text-transform: uppercase; letter-spacing: 0.03em; }
-table { border-collapse: collapse; font-size: 0.88rem; width: 100%; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.88rem; width: 100%; }
 th, td { text-align: right; padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd;
          font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child, .words td { text-align: left; } tr.level td { font-weight: 600; }
+th:first-child, td:first-child, .words td { text-align: left; }
+.ledger tr.level td { font-weight: 600; }
 .words td { vertical-align: top; } .words td:first-child { white-space: nowrap; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 figcaption, .note { color: #555; font-size: 0.88rem; }
-pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; }
+pre { background: #f5f5f5; padding: 0.8rem; white-space: pre-wrap; font-size: 0.85rem; }
 """
 
 
-def report(audit: object, path: str | PathLike[str]) -> Path:
+def report(
+    audit: object,
+    path: str | PathLike[str],
+    *,
+    images: str | None = None,
+    image_shape: tuple[int, int] | None = None,
+) -> Path:
     """Write one self-contained HTML file: verdict, ledger, figures, settings, meanings and code.
 
     It is made from ``to_datatree(audit)`` alone and shows whatever groups the tree has. Figures are
@@ -55,12 +64,15 @@ def report(audit: object, path: str | PathLike[str]) -> Path:
         audit: an `Audit`, another result that `to_datatree` takes, or a DataTree that was read
             back.
         path: of the file to write; its folder must exist.
+        images: the argument of the model with an image for each unit, to show who was harmed.
+        image_shape: height and width, where that has images as rows of pixels.
 
     Returns:
         the path.
 
     Raises:
         InputError: if the folder does not exist, or the path is a folder.
+        KeyError, ValueError: if there are no such images, or not of that shape.
         TypeError: if `to_datatree` has no form for the result.
 
     >>> import pyro, torch, pyro.distributions as dist, tempfile
@@ -84,7 +96,7 @@ def report(audit: object, path: str | PathLike[str]) -> Path:
     sections = [
         _verdict(tree),
         *_ledgers(tree),
-        *_drawings(tree),
+        *_drawings(tree, {"images": images, "image_shape": image_shape} if images else {}),
         _meanings(tree),
         _settings(tree),
         _code(tree),
@@ -121,14 +133,15 @@ def _points(text: str) -> list[str]:
 
 def _ledgers(tree: xr.DataTree) -> list[str]:
     names = {"ledger": "training data", "heldout_ledger": "held-out data"}
-    found = {group: title for group, title in names.items() if group in tree.children}
-    if not found:
-        return []
-    caption = (
-        "From log evidence at the reference down to the ELBO; whiskers are two standard errors."
-    )
-    parts = ["<h2>Ledger</h2>", _image(plot_ledger(tree), caption)]
-    return [*parts, *(_ledger_table(tree[g].to_dataset(), title) for g, title in found.items())]
+    parts = []
+    for group, title in names.items():
+        if group in tree.children:
+            alone = xr.DataTree.from_dict({group: tree[group].to_dataset()})
+            parts += [
+                _image(plot_ledger(alone), f"{_LEDGER_CAPTION}, {title}."),
+                _ledger_table(tree[group].to_dataset(), title),
+            ]
+    return ["<h2>Ledger</h2>", *parts] if parts else []
 
 
 def _ledger_table(ledger: xr.Dataset, title: str) -> str:
@@ -149,11 +162,14 @@ def _ledger_table(ledger: xr.Dataset, title: str) -> str:
         if sampled:
             cells += ["" if math.isnan(sampling) else nats(sampling / num_units, 4)]
         rows.append([*cells, str(line["kind"].item())])
-    return _table([*header, "kind"], rows)
+    return _table([*header, "kind"], rows, "ledger")
 
 
-def _drawings(tree: xr.DataTree) -> list[str]:
-    shown = [_image(drawing.draw(tree), drawing.caption) for drawing in drawings_of(tree)]
+def _drawings(tree: xr.DataTree, images: Mapping[str, Any]) -> list[str]:
+    shown = [
+        _image(drawing.draw(tree, **(images if drawing.of_units else {})), drawing.caption)
+        for drawing in drawings_of(tree)
+    ]
     return ["<h2>Figures</h2>", *shown] if shown else []
 
 
@@ -213,7 +229,7 @@ def _code(tree: xr.DataTree) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr{' class=level' if row[0].startswith(('=', 'log evidence at')) else ''}>"

@@ -47,12 +47,12 @@ def plot_units(
     error = np.hypot(there["log_evidence_mc_error"].values, here["log_evidence_mc_error"].values)
     order = np.argsort(-harm)
     pixels = None if images is None else _images(tree, images, image_shape)[order]
-    size = ((5.0, 2.6) if pixels is None else (5.0, 3.6)) if figsize is None else figsize
+    size = ((5.0, 2.6) if pixels is None else (5.0, 3.3)) if figsize is None else figsize
     if pixels is None:
         figure, axes = new_figure(1, 1, size)
         _ranked(axes[0, 0], harm[order], error[order])
         return figure
-    figure, axes = new_figure(2, 1, size, height_ratios=(2.4, 1.3))
+    figure, axes = new_figure(2, 1, size, height_ratios=(2.4, 0.8))
     _ranked(axes[0, 0], harm[order], error[order])
     _gallery(axes[1, 0], pixels, harm[order])
     return figure
@@ -103,7 +103,7 @@ def _gallery(axis: Axes, pixels: np.ndarray, harm: np.ndarray) -> None:
         axis.text(left, 1.0, title, transform=axis.transAxes, fontsize=8, va="bottom")
         width = 0.48 / count
         for i, (image, value) in enumerate(zip(pixels[chosen], harm[chosen], strict=True)):
-            inset = axis.inset_axes((left + i * width, 0.2, width * 0.92, 0.75))
+            inset = axis.inset_axes((left + i * width, 0.12, width * 0.9, 0.85))
             inset.imshow(image, cmap="gray_r", vmin=pixels.min(), vmax=pixels.max())
             inset.set(xticks=[], yticks=[])
             inset.set_xlabel(f"{value:.1f}", fontsize=7, labelpad=2)
