@@ -138,6 +138,10 @@ def test_evidence_and_elbo_part():
     evidence, elbo = heights(vh.plot_pull(tree, figsize=(3, 2)).axes[0])
     assert np.allclose(evidence, tree["trajectory"]["log_evidence"] / 50)
     assert np.allclose(elbo, tree["trajectory"]["elbo"] / 50)
+    assert vh.plot_pull(tree).axes[0].get_xscale() == "linear"
+    rarer = tree["trajectory"].to_dataset().assign_coords(checkpoint=[0, 5, 40, 600])
+    figure = vh.plot_pull(xr.DataTree.from_dict({"trajectory": rarer}))
+    assert figure.axes[0].get_xscale() == "symlog" and figure.axes[0].get_xlim() == (0.0, 600.0)
     with pytest.raises(KeyError, match=r"has no \['elbo'\]"):
         without = tree["trajectory"].to_dataset().drop_vars("elbo")
         vh.plot_pull(xr.DataTree.from_dict({"trajectory": without}))

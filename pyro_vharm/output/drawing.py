@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 __all__ = [
     "COLOURS",
@@ -20,6 +21,7 @@ __all__ = [
     "label_ends",
     "nats_unit",
     "new_figure",
+    "step_axis",
 ]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
@@ -43,6 +45,7 @@ _STYLE: dict[Any, Any] = {
     "axes.linewidth": 0.8,
     "lines.linewidth": 1.6,
 }
+_RARER = 10  # times: the longest gap between checkpoints beside the shortest
 _APART = 11.0  # points between the baselines of two labels
 
 
@@ -86,6 +89,20 @@ def new_figure(
 def nats_unit(num_units: int) -> str:
     """The unit of a mean over units, or of one joint unit."""
     return "nats" if num_units == 1 else "nats per unit"
+
+
+def step_axis(axis: Axes, alongs: Sequence[xr.Dataset]) -> None:
+    """Steps to the right, up to the last; logarithmic where checkpoints become ever rarer."""
+    steps = np.unique(np.concatenate([along["checkpoint"].values for along in alongs]))
+    gaps = np.diff(steps)
+    if len(gaps) > 1 and gaps.max() > _RARER * gaps.min():
+        axis.set_xscale("symlog", linthresh=float(gaps.min()))
+        powers = [10**k for k in range(12) if gaps.min() <= 10**k < steps[-1]]
+        ticks = [int(steps[0]), *(power for power in powers if power > steps[0]), int(steps[-1])]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlim(left=float(steps[0]), right=float(steps[-1]))
+    axis.set_xlabel("step")
 
 
 def draw_line(axis: Axes, along: xr.Dataset, name: str, colour: str) -> float:

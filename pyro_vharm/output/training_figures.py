@@ -18,6 +18,7 @@ from pyro_vharm.output.drawing import (
     label_ends,
     nats_unit,
     new_figure,
+    step_axis,
 )
 
 __all__ = ["plot_posteriors", "plot_pull", "plot_self_fulfilment", "plot_shape"]
@@ -55,9 +56,9 @@ def plot_self_fulfilment(tree: xr.DataTree, *, figsize: tuple[float, float] = (6
             (draw_line(axis, along, name, colour), label, colour)
             for label, (along, colour) in lines.items()
         ]
-        axis.set(title=title, xlabel="step", ylabel=nats_unit(trained.attrs["num_units"]))
+        axis.set(title=title, ylabel=nats_unit(trained.attrs["num_units"]))
         axis.axhline(0.0, color=COLOURS["level"], linewidth=0.6)
-        _label(figure, axis, ends, [along for along, _ in lines.values()])
+        _finish(figure, axis, ends, [along for along, _ in lines.values()])
     return figure
 
 
@@ -88,8 +89,8 @@ def plot_pull(tree: xr.DataTree, *, figsize: tuple[float, float] = (3.5, 2.8)) -
             ("elbo", "ELBO L", "learned"),
         )
     ]
-    axis.set(xlabel="step", ylabel=nats_unit(num_units))
-    _label(figure, axis, ends, [along])
+    axis.set_ylabel(nats_unit(num_units))
+    _finish(figure, axis, ends, [along])
     return figure
 
 
@@ -132,9 +133,9 @@ def plot_shape(
             (draw_line(axis, along, name, colour), label, colour)
             for label, (along, colour) in shapes.items()
         ]
-        axis.set(title=title, xlabel="step", ylabel=unit or nats_unit(num_units))
+        axis.set(title=title, ylabel=unit or nats_unit(num_units))
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
-        _label(figure, axis, ends, [along for along, _ in shapes.values()])
+        _finish(figure, axis, ends, [along for along, _ in shapes.values()])
     return figure
 
 
@@ -213,16 +214,16 @@ def _ridge(axis: Axes, draws: np.ndarray) -> None:
         axis.plot(grid, height - row, color=COLOURS["evidence"], linewidth=0.7)
 
 
-def _label(
+def _finish(
     figure: Figure,
     axis: Axes,
     ends: Sequence[tuple[float, str, str]],
     alongs: Sequence[xr.Dataset],
 ) -> None:
-    """Labels at the ends of the lines, or none where there is one line only."""
+    """The axis of steps, and labels at the ends of the lines where there are several."""
+    step_axis(axis, alongs)
     if len(ends) < 2:
         return
     last = max(float(along["checkpoint"].values[-1]) for along in alongs)
-    axis.set_xlim(right=last)
     figure.draw_without_rendering()
     label_ends(axis, last, ends)
