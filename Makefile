@@ -23,6 +23,7 @@ bench: $(READY)
 	$(RUN)/python -m benchmarks throughput
 	$(RUN)/python -m benchmarks widths --vaes 64-64-4
 	$(RUN)/python -m benchmarks scaling
+	$(RUN)/python -m benchmarks recording
 
 lint: $(READY)
 	$(RUN)/ruff check .
@@ -37,6 +38,7 @@ docs: $(READY)
 examples: $(READY)
 	$(SHARED) $(RUN)/python examples/digits_vae.py --images 100 --epochs 20 --reference-steps 50 --out out/ci
 	$(SHARED) $(RUN)/python examples/two_causes.py --units 60 --steps 100 --out out/ci
+	$(SHARED) $(RUN)/python examples/unimodal.py --units 20 --steps 10 --out out/ci
 	$(SHARED) $(RUN)/python examples/nile.py --steps 200 --guide-steps 100 --temperatures 3 --out out/ci
 	$(SHARED) $(RUN)/python examples/repair.py --steps 200 --guide-steps 100
 

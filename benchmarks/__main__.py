@@ -7,13 +7,14 @@ from importlib.util import find_spec
 
 import torch
 
-from benchmarks import gradients, scaling, throughput, widths
+from benchmarks import gradients, recording, scaling, throughput, widths
 from benchmarks.timing import use_one_core
 
 TABLES = {
     "gradients": (gradients, "value and gradient of log p(v, h), beside hand-written code"),
     "throughput": (throughput, "annealed importance sampling at a frozen plan, beside JAX"),
     "widths": (widths, "time to a width of the sandwich, beside the classical recipe"),
+    "recording": (recording, "what a recorder costs a training"),
     "scaling": (scaling, "seconds and memory by number of units"),
 }
 

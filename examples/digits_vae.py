@@ -15,7 +15,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import ELBO, SVI, Trace_ELBO
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -63,12 +63,14 @@ def train(
     images: Tensor,
     num_epochs: int,
     seed: int,
+    objective: ELBO | None = None,
 ) -> None:
-    """Ordinary SVI: Trace_ELBO, shuffled minibatches, Adam with a falling step size."""
+    """Ordinary SVI: Trace_ELBO or another, shuffled minibatches, Adam with a falling step size."""
     pyro.set_rng_seed(seed)
     steps_per_epoch = -(-len(images) // BATCH_SIZE)
     decay = 0.05 ** (1 / (num_epochs * steps_per_epoch))
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.005, "lrd": decay}), Trace_ELBO())
+    loss = Trace_ELBO() if objective is None else objective
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.005, "lrd": decay}), loss)
     for _ in tqdm(range(num_epochs), desc="training the VAE", disable=None):
         for batch in images[torch.randperm(len(images))].split(BATCH_SIZE):
             svi.step(batch)

@@ -85,9 +85,18 @@ from pyro_vharm.objectives.gradients import DoublyReparameterized, Pathwise, Sti
 from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
 from pyro_vharm.objectives.markov_chain_em import MarkovChainEM
 from pyro_vharm.objectives.objective import ObjectiveReport
+from pyro_vharm.output.comparison_figures import plot_families, plot_shifts
 from pyro_vharm.output.converters import from_mcmc, from_svi
 from pyro_vharm.output.datatree import to_datatree
-from pyro_vharm.output.figures import plot_ledger
+from pyro_vharm.output.html_report import report
+from pyro_vharm.output.ledger_figure import plot_ledger
+from pyro_vharm.output.training_figures import (
+    plot_posteriors,
+    plot_pull,
+    plot_self_fulfilment,
+    plot_shape,
+)
+from pyro_vharm.output.unit_figures import plot_units
 from pyro_vharm.particles import Particles
 
 __all__ = [
@@ -190,9 +199,17 @@ __all__ = [
     "learning_harm",
     "local_harm",
     "log_evidence",
+    "plot_families",
     "plot_ledger",
+    "plot_posteriors",
+    "plot_pull",
+    "plot_self_fulfilment",
+    "plot_shape",
+    "plot_shifts",
+    "plot_units",
     "posterior_shape",
     "reachability",
+    "report",
     "self_fulfilment",
     "simulate",
     "to_datatree",

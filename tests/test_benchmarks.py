@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_vharm as vh
-from benchmarks import gradients, scaling, throughput, widths
+from benchmarks import digits_shapes, gradients, recording, scaling, throughput, widths
 from benchmarks.figures import draw, load
 from benchmarks.timing import time_interleaved
 from benchmarks.widths import CLASSICAL, OURS, Point, time_to_width
@@ -87,3 +87,17 @@ def test_cost_of_a_few_units():
     )
     cost = scaling.measure(20, method)
     assert cost.seconds > 0 and cost.results > 20 * 2 * 3 * 4 and cost.peak >= 0
+
+
+def test_what_a_recorder_costs(capsys):
+    recording.run(options_of(recording, "--rounds", "2", "--every", "5"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[3].split("|")[3].strip() == "1.000", "itself, over itself"
+    assert [line.split("|")[1].strip() for line in lines[4:]] == ["in memory", "on disk"]
+
+
+@pytest.mark.slow
+def test_shapes_after_three_ways_of_learning(capsys):
+    digits_shapes.main(["--epochs", "1", "--images", "3", "--seed", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[2].startswith("| ELBO ")

@@ -89,7 +89,7 @@ def test_arviz_runs_on_them(tree):
     assert list(summary.index) == ["level", *(f"effect[{s}]" for s in "abcd")]
     loo = az.loo(tree)
     assert np.isfinite(loo.elpd) and loo.n_data_points == 8
-    for plot in (az.plot_forest, az.plot_dist, az.plot_trace_dist):
+    for plot in (az.plot_forest, az.plot_dist, az.plot_trace_dist, az.plot_ridge):
         plot(tree, var_names=["level", "effect"], backend="none")
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import arviz as az
 import numpy as np
 import pyro
 import pytest
@@ -63,6 +64,25 @@ def test_exact_evidence_and_gap_at_every_checkpoint(history, tmp_path):
         vh.to_datatree(vh.DiagnosedHistory(history))
     assert np.allclose(tree["trajectory"]["non_gaussianity"], 0.0, atol=1e-4)
     assert "3 of 3 checkpoints" in text and "<pre>" in diagnosed._repr_html_()
+
+
+def test_arviz_runs_on_checkpoints(history):
+    """On all of them at once, with the checkpoint as one more index, and on a chosen one."""
+    tree = vh.to_datatree(vh.diagnose(history, (V,), **OPTIONS))
+    chosen = tree.sel(checkpoint=20)
+    for part, count in ((tree, 30), (chosen, 10)):
+        assert len(az.summary(part)) == count
+        for plot in (az.plot_forest, az.plot_ridge, az.plot_dist):
+            plot(part, backend="none")
+        az.plot_trace_dist(part, compact=True, backend="none")
+    mean = az.summary(chosen, round_to="none")["mean"].to_numpy(dtype=float)
+    exact = (V[:, None] * 1.6 / (1 + 2 * 1.6**2)).expand(-1, 2).flatten().numpy()
+    spread = math.sqrt((1 + 1.6**2) / (1 + 2 * 1.6**2) / 200)
+    assert np.all(np.abs(mean - exact) < Z * spread)
+    with history.at(2):
+        drawn = vh.from_svi(tied_model, tied_guide, (V,), num_draws=100, progress=False)
+    with pytest.warns(UserWarning, match="Pareto"):  # each unit has latents of its own
+        assert az.loo(drawn).n_data_points == len(V)
 
 
 def test_what_is_known_is_kept_and_the_rest_does_not_depend_on_it(history, monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_vharm.estimates import Estimate
 from pyro_vharm.learning.evidence_pair import EvidencePair, bounds_table
 from pyro_vharm.learning.history import History
+from pyro_vharm.model.observed import unit_data
 from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import Problem, capture_pair
 from pyro_vharm.tables import html_table, nats
@@ -71,6 +72,11 @@ class Reference:
         """θ_ref by name, on the user-facing scale."""
         constraints = self._problem.model_parameters.constraints
         return Parameters(self.model_values, constraints).constrained()
+
+    @property
+    def unit_data(self) -> dict[str, Tensor]:
+        """The training data of each unit by names of the model's arguments, if not too large."""
+        return unit_data(self._problem)
 
     def apply(self) -> None:
         """Set the user's model to θ_ref and the guide to the one retrained there, in place."""

@@ -26,10 +26,11 @@ def comparison_datasets(result: GuideComparison) -> dict[str, xr.Dataset]:
         "log_evidence": [each.value for each in evidence],
         "log_evidence_mc_error": [each.mc_error for each in evidence],
         "harm": [lead.value for lead in leads],
-        "harm_error": [lead.error for lead in leads],
+        "harm_mc_error": [lead.error for lead in leads],
         "gap": [np.nan if gap is None else gap.value for gap in gaps],
+        "gap_mc_error": [np.nan if gap is None else gap.mc_error for gap in gaps],
         "heldout_harm": [np.nan if lead is None else lead.value for lead in held],
-        "heldout_harm_error": [np.nan if lead is None else lead.error for lead in held],
+        "heldout_harm_mc_error": [np.nan if lead is None else lead.error for lead in held],
     }
     summary = xr.Dataset(
         {name: ("candidate", np.array(column), _UNITS) for name, column in columns.items()},

@@ -1,18 +1,19 @@
-"""Figures drawn from a DataTree alone: they compute nothing that is not in it."""
+"""The ledger as a waterfall."""
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pyro_vharm.output.drawing import COLOURS, in_one_style, nats_unit, new_figure
+
 __all__ = ["plot_ledger"]
 
-_COLOURS = {"level": "#4c566a", "harm": "#bf3f4a", "gap": "#d98e32"}
 _TITLES = {"ledger": "training data", "heldout_ledger": "held-out data"}
 
 
+@in_one_style
 def plot_ledger(tree: xr.DataTree, *, figsize: tuple[float, float] | None = None) -> Figure:
     """The ledger as a waterfall: from log evidence at the reference down to the ELBO as learned.
 
@@ -30,15 +31,14 @@ def plot_ledger(tree: xr.DataTree, *, figsize: tuple[float, float] | None = None
     if not groups:
         raise KeyError("the tree has no group 'ledger'; make it with to_datatree(audit)")
     size = (5.4 * len(groups) + 1.0, 3.0) if figsize is None else figsize
-    figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = new_figure(1, len(groups), size)
     for axis, group in zip(axes[0], groups, strict=True):
         ledger = tree[group].to_dataset()
         _waterfall(axis, ledger)
         num_units = ledger.attrs["num_units"]
         units = "one joint unit" if num_units == 1 else f"{num_units} units"
-        axis.set_title(f"{_TITLES[group]}, {units}", fontsize=10)
-        unit = "nats" if num_units == 1 else "nats per unit"
-        axis.set_xlabel(f"{unit} above the ELBO as learned")
+        axis.set_title(f"{_TITLES[group]}, {units}")
+        axis.set_xlabel(f"{nats_unit(num_units)} above the ELBO as learned")
     return figure
 
 
@@ -53,10 +53,10 @@ def _waterfall(axis: Axes, ledger: xr.Dataset) -> None:
         value, error = totals[name], 2 * _error(ledger, name) / num_units
         if name.startswith("−"):
             left, width, level = level - value, value, level - value
-            colour, label = _COLOURS["harm" if "harm" in name else "gap"], f"{value:.3f}"
+            colour, label = COLOURS["harm" if "harm" in name else "gap"], f"{value:.3f}"
         else:
             left, width, level = 0.0, value - base, value - base
-            colour, label = _COLOURS["level"], f"{value:.2f}"
+            colour, label = COLOURS["level"], f"{value:.2f}"
         end = left + width
         axis.barh(position, width, 0.7, left, color=colour)
         axis.errorbar(end, position, xerr=error, color="black", capsize=3)
@@ -68,11 +68,10 @@ def _waterfall(axis: Axes, ledger: xr.Dataset) -> None:
             va="center",
             fontsize=9,
         )
-    axis.set_yticks(range(len(steps)), steps, fontsize=9)
+    axis.set_yticks(range(len(steps)), steps)
     axis.invert_yaxis()
     axis.axvline(0.0, color="black", linewidth=0.8)
     axis.margins(x=0.2)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _error(ledger: xr.Dataset, name: str) -> float:
