@@ -33,8 +33,8 @@ MEANINGS = {
     "from 0, with the complete data's information in its place: at the least.",
     "predicted by the ELBO's own gradient": "The same with ∇_θ L in place of ∇ℓ: large where "
     "training had not converged.",
-    "− pull": "ℓ(θ_ref) less ℓ where your own training from there settles: the objective drives the "
-    "model away.",
+    "− pull": "ℓ(θ_ref) less ℓ where your own training from there settles: the objective drives "
+    "the model away.",
     "− path": "From there down to ℓ(θ̂): what training from your start did not reach.",
     "    of it, unconverged": "What training on from θ̂ gains.",
     "    of it, the rest": "The optimiser's where the objective is higher there, else the "

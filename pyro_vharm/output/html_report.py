@@ -193,7 +193,7 @@ def _image(figure: Figure, caption: str) -> str:
 
 
 def _meanings(tree: xr.DataTree) -> str:
-    groups = [g for g in ("ledger", "heldout_ledger") if g in tree.children]
+    groups = [g for g in ("ledger", "heldout_ledger", *_TABLES) if g in tree.children]
     ledgers = [tree[group].to_dataset() for group in groups]
     lines = dict.fromkeys(str(name) for ledger in ledgers for name in ledger["quantity"].values)
     kinds = dict.fromkeys(str(kind) for ledger in ledgers for kind in ledger["kind"].values)
