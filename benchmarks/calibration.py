@@ -78,10 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failed = []
     for line in measure_all(runs, path, options.workers):
         failed += [line] if "error" in line else []
-        shown = line.get(
-            "error", "{harm:.3f} | {estimate:.3f} | {outcome}".format_map(_blank(line))
-        )
-        print("#", *(line[name] for name in Run._fields), shown, sep=" | ", flush=True)
+        print("#", *(line[name] for name in Run._fields), _told(line), sep=" | ", flush=True)
     asked = set(runs)
     lines = [
         line
@@ -97,8 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.save.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _blank(line: dict[str, Any]) -> dict[str, Any]:
-    return {"harm": float("nan"), "estimate": float("nan"), "outcome": "", **line}
+def _told(line: dict[str, Any]) -> str:
+    if "error" in line:
+        return str(line["error"])
+    return "true {harm:.3f} | {estimate:.3f} ± {mc_error:.3f} | {outcome}".format_map(line)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from scipy.stats import binomtest, norm
 from pyro_vharm.tables import nats
 
 __all__ = [
-    "TOLERANCE",
     "Table",
     "excess_p_value",
     "hard",
@@ -25,7 +24,7 @@ __all__ = [
 type Line = dict[str, Any]
 type Table = tuple[Sequence[str], list[list[str]]]
 
-TOLERANCE = 1e-4  # nats: how well scipy finds the exact optima, and quadrature an integral
+_TOLERANCE = 1e-4  # nats: how well scipy finds the exact optima, and quadrature an integral
 _RATE = 0.05
 _QUANTILE = float(norm.isf(_RATE))
 _RELATIVE, _ABSOLUTE = 0.05, 0.05
@@ -47,12 +46,12 @@ def is_within(value: float, truth: float) -> bool:
 
 
 def _has_false_bound(line: Line) -> bool:
-    return line["lower"] is not None and line["lower"] > line["harm"] + TOLERANCE
+    return line["lower"] is not None and line["lower"] > line["harm"] + _TOLERANCE
 
 
 def _is_overstated(line: Line) -> bool:
     """The estimate less 1.645 standard errors is above what the reference truly gained."""
-    return bool(line["estimate"] - _QUANTILE * line["mc_error"] > line["reached"] + TOLERANCE)
+    return bool(line["estimate"] - _QUANTILE * line["mc_error"] > line["reached"] + _TOLERANCE)
 
 
 def _is_false_alarm(line: Line) -> bool:

@@ -88,7 +88,7 @@ def sigmoid_belief_net(num_units: int = 100, *, seed: int = 0) -> HarmedModel:
 
 
 def linear_encoder(num_units: int = 100, *, seed: int = 0) -> HarmedModel:
-    """v | h ~ N((ah, bh² + c), s² I), h ~ N(0, 1), and an encoder that is linear in v.
+    """A parabola, v | h ~ N((ah, bh² + c), s² I), h ~ N(0, 1), and an encoder linear in v.
 
     q(h) = N(wᵀv + w₀, t²), with the same t for all units.
     """
@@ -118,7 +118,8 @@ def linear_encoder(num_units: int = 100, *, seed: int = 0) -> HarmedModel:
         first = dist.Normal(values["a"] * nodes, values["scale"]).log_prob(v[:, :1])
         curve = values["b"] * nodes.square() + values["c"]
         second = dist.Normal(curve, values["scale"]).log_prob(v[:, 1:])
-        return (log_prior + first + second).logsumexp(1).sum()
+        density: Tensor = (log_prior + first + second).logsumexp(1).sum()
+        return density
 
     def bound(values: Values) -> Tensor:
         loc = v @ values["slopes"] + values["offset"]

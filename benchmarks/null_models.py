@@ -33,7 +33,7 @@ _REPEATS = 3
 
 
 def random_effects(num_units: int = 40, *, seed: int = 0) -> HarmedModel:
-    """h ~ N(μ, τ²), three v_j | h ~ N(h, s²); the guide is the posterior's own family."""
+    """Means of units, h ~ N(μ, τ²), v_j | h ~ N(h, s²); the guide holds the posterior."""
     source = generator(seed)
     h, noise = randn(num_units, 1, generator=source), randn(num_units, _REPEATS, generator=source)
     v = 0.5 + 0.8 * h + 0.7 * noise
@@ -49,10 +49,8 @@ def random_effects(num_units: int = 40, *, seed: int = 0) -> HarmedModel:
             pyro.sample("v", dist.Normal(loc, scale).to_event(1), obs=v)
 
     def guide(v: Tensor) -> None:
-        slope, offset = (
-            pyro.param("slope", v.new_tensor(0.5)),
-            pyro.param("offset", v.new_zeros(())),
-        )
+        slope = pyro.param("slope", v.new_tensor(0.5))
+        offset = pyro.param("offset", v.new_zeros(()))
         spread = pyro.param("spread", v.new_tensor(0.5), constraint=_POSITIVE)
         with pyro.plate("units", len(v)):
             pyro.sample("h", dist.Normal(slope * v.mean(1) + offset, spread))
@@ -63,7 +61,8 @@ def random_effects(num_units: int = 40, *, seed: int = 0) -> HarmedModel:
         between = dist.Normal(values["mu"], (variance + inner / _REPEATS).sqrt()).log_prob(means)
         count = num_units * (_REPEATS - 1)
         rest = -0.5 * (within / inner + count * (2 * math.pi * inner).log())
-        return between.sum() + rest - 0.5 * num_units * math.log(_REPEATS)
+        total: Tensor = between.sum() + rest - 0.5 * num_units * math.log(_REPEATS)
+        return total
 
     def bound(values: Values) -> Tensor:
         loc = values["slope"] * means + values["offset"]
@@ -218,10 +217,10 @@ def poisson_intercepts(num_units: int = 40, *, seed: int = 0) -> HarmedModel:
     def log_evidence(values: Mapping[str, Tensor]) -> Tensor:
         fixed = values["b"] + values["beta"] * x
         rise = values["tau"] * nodes
-        log_likelihood = (
-            (v @ fixed)[:, None] + v.sum(1)[:, None] * rise - fixed.exp().sum() * (rise.exp())
-        )
-        return (log_prior + log_likelihood).logsumexp(1).sum() - constant
+        seen = (v @ fixed)[:, None] + v.sum(1)[:, None] * rise
+        expected = fixed.exp().sum() * rise.exp()
+        total: Tensor = (log_prior + seen - expected).logsumexp(1).sum() - constant
+        return total
 
     def bound(values: Values) -> Tensor:
         fixed = values["b"] + values["beta"] * x

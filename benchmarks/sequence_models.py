@@ -39,7 +39,7 @@ _NOISE = 0.6
 
 
 def autoregression(length: int = 40, *, seed: int = 0) -> HarmedModel:
-    """h an AR(1) chain with decay λ and stationary scale τ, v_t | h ~ N(h_t, 0.6²); mean field."""
+    """An AR(1) chain h with decay λ and scale τ, v_t | h ~ N(h_t, 0.6²); mean field over time."""
     source = generator(seed)
     chain = torch.linalg.cholesky(_correlation(tensor(0.9), length))
     v = 1.5 * chain @ randn(length, generator=source) + _NOISE * randn(length, generator=source)
