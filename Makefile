@@ -1,6 +1,6 @@
 # Finds a Python >= 3.12 that runs, makes .venv with everything in it, and runs the project's jobs.
 .DELETE_ON_ERROR:
-.PHONY: demo test slow bench lint types docs examples clean
+.PHONY: demo test slow bench calibration lint types docs examples clean
 
 VENV := .venv
 RUN := $(VENV)/bin
@@ -24,6 +24,10 @@ bench: $(READY)
 	$(RUN)/python -m benchmarks widths --vaes 64-64-4
 	$(RUN)/python -m benchmarks scaling
 	$(RUN)/python -m benchmarks recording
+
+# resumable: what was measured lies in out/calibration, and the next call goes on from there
+calibration: $(READY)
+	$(SHARED) $(RUN)/python -m benchmarks.calibration --out out/calibration --save benchmarks/results/calibration.json
 
 lint: $(READY)
 	$(RUN)/ruff check .

@@ -23,20 +23,20 @@ from benchmarks.exact_optima import (
 )
 from examples import nile
 
-__all__ = ["factor_analysis", "local_level", "sign_symmetric", "two_causes"]
+__all__ = ["factor_analysis", "local_level", "mean_field_gap", "sign_symmetric", "two_causes"]
 
 _POSITIVE = constraints.positive
 
 
-def _mean_field_gap(precision: Tensor) -> Tensor:
+def mean_field_gap(precision: Tensor) -> Tensor:
     """KL of the best mean-field Gaussian from N(μ, P⁻¹): ½ (Σ log P_ii − log |P|)."""
     gap: Tensor = 0.5 * (precision.diagonal().log().sum() - precision.logdet())
     return gap
 
 
-def two_causes(num_units: int = 200) -> HarmedModel:
+def two_causes(num_units: int = 200, *, seed: int = 0) -> HarmedModel:
     """Two causes h ~ N(0, I) with one weight: v | h ~ N(a (h₁ + h₂), 1); mean field."""
-    v = randn(num_units, generator=generator()) * math.sqrt(1 + 2 * 1.5**2)
+    v = randn(num_units, generator=generator(seed)) * math.sqrt(1 + 2 * 1.5**2)
 
     def model(v: Tensor) -> None:
         a = pyro.param("a", v.new_tensor(1.0), constraint=_POSITIVE)
@@ -57,7 +57,7 @@ def two_causes(num_units: int = 200) -> HarmedModel:
 
     def bound(values: Values) -> Tensor:
         precision = torch.eye(2, dtype=v.dtype) + values["a"].square()
-        return log_evidence(values) - len(v) * _mean_field_gap(precision)
+        return log_evidence(values) - len(v) * mean_field_gap(precision)
 
     start = {"a": tensor(1.0)}
     learned = maximise(bound, start, {"a": _POSITIVE})
@@ -69,7 +69,7 @@ def two_causes(num_units: int = 200) -> HarmedModel:
     best = maximise(log_evidence, start, {"a": _POSITIVE})
     height = float(bound(learned))
     return HarmedModel(
-        "two causes, tied", model, guide, (v,), log_evidence, learned, fitted, best, height
+        "two causes, tied", model, guide, (v,), log_evidence, learned, fitted, best, height, bound
     )
 
 
@@ -83,12 +83,12 @@ def _loadings(own: Tensor) -> Tensor:
     return torch.stack([torch.where(first, own, fixed), torch.where(first, fixed, own)], -1)
 
 
-def factor_analysis(num_units: int = 200) -> HarmedModel:
+def factor_analysis(num_units: int = 200, *, seed: int = 0) -> HarmedModel:
     """Confirmatory factor analysis with fixed cross-loadings, so no rotation is free; mean field.
 
     h ∈ R² standard normal, v | h ~ N(Λh, s² I) with v ∈ R⁶.
     """
-    source = generator()
+    source = generator(seed)
     truth = _loadings(tensor(1.0, 0.9, 0.8, 1.0, 0.9, 0.8))
     h, noise = randn(num_units, 2, generator=source), randn(num_units, 6, generator=source)
     v = h @ truth.T + 0.7 * noise
@@ -118,7 +118,7 @@ def factor_analysis(num_units: int = 200) -> HarmedModel:
         return density
 
     def bound(values: Values) -> Tensor:
-        return log_evidence(values) - len(v) * _mean_field_gap(precision(values))
+        return log_evidence(values) - len(v) * mean_field_gap(precision(values))
 
     start = {"own": tensor(1.0, 0.9, 0.8, 1.0, 0.9, 0.8), "scale": tensor(0.7)}
     learned = maximise(bound, start, {"scale": _POSITIVE})
@@ -130,13 +130,13 @@ def factor_analysis(num_units: int = 200) -> HarmedModel:
     best = maximise(log_evidence, start, {"scale": _POSITIVE})
     height = float(bound(learned))
     return HarmedModel(
-        "factor analysis", model, guide, (v,), log_evidence, learned, fitted, best, height
+        "factor analysis", model, guide, (v,), log_evidence, learned, fitted, best, height, bound
     )
 
 
-def sign_symmetric(num_units: int = 100) -> HarmedModel:
+def sign_symmetric(num_units: int = 100, *, seed: int = 0) -> HarmedModel:
     """A latent seen squared, h ~ N(0, 1), v | h ~ N(a h² + b, s²); a Gaussian for each unit."""
-    source = generator()
+    source = generator(seed)
     h, noise = randn(num_units, generator=source), randn(num_units, generator=source)
     v = h.square() + 0.5 * noise
     nodes = torch.linspace(-8.0, 8.0, 4001, dtype=v.dtype)
@@ -177,7 +177,7 @@ def sign_symmetric(num_units: int = 100) -> HarmedModel:
     learned, fitted = split_values(found, best)
     height = float(bound(found))
     return HarmedModel(
-        "sign-symmetric", model, guide, (v,), log_evidence, learned, fitted, best, height
+        "sign-symmetric", model, guide, (v,), log_evidence, learned, fitted, best, height, bound
     )
 
 
@@ -203,7 +203,7 @@ def local_level() -> HarmedModel:
         return covariance(values).inverse() + noise
 
     def bound(values: Values) -> Tensor:
-        return log_evidence(values) - _mean_field_gap(precision(values))
+        return log_evidence(values) - mean_field_gap(precision(values))
 
     start = {"observation_variance": tensor(15000.0), "level_variance": tensor(1500.0)}
     positive = dict.fromkeys(start, _POSITIVE)
@@ -214,5 +214,5 @@ def local_level() -> HarmedModel:
     best = maximise(log_evidence, start, positive)
     height = float(bound(learned))
     return HarmedModel(
-        "Nile", nile.model, nile.guide, (flow,), log_evidence, learned, fitted, best, height
+        "Nile", nile.model, nile.guide, (flow,), log_evidence, learned, fitted, best, height, bound
     )

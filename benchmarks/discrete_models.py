@@ -37,12 +37,12 @@ def _log_bernoulli(states: Tensor, logits: Tensor) -> Tensor:
     return logsigmoid(logits) @ states.T + logsigmoid(-logits) @ (1 - states).T
 
 
-def noisy_or(num_units: int = 150) -> HarmedModel:
+def noisy_or(num_units: int = 150, *, seed: int = 0) -> HarmedModel:
     """Six causes of eight effects with three parameters; independent causes for each unit.
 
     P(cause) = prior; an effect stays off with (1 − leak) Π (1 − weight) over its causes.
     """
-    source = generator()
+    source = generator(seed)
     linked = (rand(_EFFECTS, _CAUSES, generator=source) < 0.5).double()
     causes = (rand(num_units, _CAUSES, generator=source) < 0.3).double()
     off = (1 - 0.05) * (1 - 0.7) ** (causes @ linked.T)
@@ -88,15 +88,17 @@ def noisy_or(num_units: int = 150) -> HarmedModel:
     best = maximise(log_evidence, start, unit)
     learned, fitted = split_values(found, best)
     height = float(bound(found))
-    return HarmedModel("noisy-OR", model, guide, (v,), log_evidence, learned, fitted, best, height)
+    return HarmedModel(
+        "noisy-OR", model, guide, (v,), log_evidence, learned, fitted, best, height, bound
+    )
 
 
-def mixture(num_units: int = 300) -> HarmedModel:
+def mixture(num_units: int = 300, *, seed: int = 0) -> HarmedModel:
     """Three classes of equal weight on a line, and a guide that assigns each unit to one of them.
 
     L = Σ_u max_z log p(v_u, z; θ): hard EM, which pulls the classes apart.
     """
-    source = generator()
+    source = generator(seed)
     centres = tensor(-2.0, 0.0, 2.0)
     z = torch.randint(3, (num_units,), generator=source)
     v = centres[z] + randn(num_units, generator=source)
@@ -118,21 +120,25 @@ def mixture(num_units: int = 300) -> HarmedModel:
     def log_evidence(values: Mapping[str, Tensor]) -> Tensor:
         return log_joint(values).logsumexp(1).sum()
 
+    def bound(values: Values) -> Tensor:
+        return log_joint(values).amax(1).sum()
+
     start = {"locs": centres, "scale": tensor(1.0)}
     learned = _hard_em(log_joint, start, {"scale": _POSITIVE})
     best = maximise(log_evidence, start, {"scale": _POSITIVE})
     guide = _assigning_guide(log_joint(learned).argmax(1))
-    height = float(log_joint(learned).amax(1).sum())
-    return HarmedModel("mixture", model, guide, (v,), log_evidence, learned, {}, best, height)
+    return HarmedModel(
+        "mixture", model, guide, (v,), log_evidence, learned, {}, best, float(bound(learned)), bound
+    )
 
 
-def collapsed_mixture() -> HarmedModel:
+def collapsed_mixture(*, seed: int = 0) -> HarmedModel:
     """Three classes in the plane whose weights are learned too: hard EM keeps only one of them.
 
     It starts with the classes close together and one of them heavier, which then takes every unit.
     What it leaves is a fixed point: the bound is tight, the score is 0, and two classes are dead.
     """
-    source = generator()
+    source = generator(seed)
     angles = 2 * math.pi / 3 * torch.arange(3.0, dtype=torch.float64)
     centres = 1.5 * torch.stack([angles.cos(), angles.sin()], -1)
     z = torch.randint(3, (300,), generator=source)
@@ -153,6 +159,9 @@ def collapsed_mixture() -> HarmedModel:
     def log_evidence(values: Mapping[str, Tensor]) -> Tensor:
         return log_joint(values).logsumexp(1).sum()
 
+    def bound(values: Values) -> Tensor:
+        return log_joint(values).amax(1).sum()
+
     start = {"weights": torch.full((3,), 1 / 3, dtype=v.dtype), "locs": centres}
     simplex = {"weights": constraints.simplex}
     best = maximise(log_evidence, start, simplex)
@@ -164,9 +173,9 @@ def collapsed_mixture() -> HarmedModel:
     dead = 1e-9
     learned = found | {"weights": tensor(1 - 2 * dead, dead, dead)}
     guide = _assigning_guide(assigned)
-    height = float(log_joint(learned).amax(1).sum())
+    height = float(bound(learned))
     return HarmedModel(
-        "mixture, collapsed", model, guide, (v,), log_evidence, learned, {}, best, height
+        "mixture, collapsed", model, guide, (v,), log_evidence, learned, {}, best, height, bound
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = [
     "HarmedModel",
     "Values",
     "generator",
+    "highest",
     "maximise",
     "rand",
     "randn",
@@ -42,6 +43,7 @@ class HarmedModel:
         guide_values: q̂ there.
         best: θ*.
         bound: L(θ̂, q̂) in total, in nats.
+        bound_at: L in total from θ, and from q where its best is not in closed form.
     """
 
     name: str
@@ -53,6 +55,17 @@ class HarmedModel:
     guide_values: Values = field(repr=False)
     best: Values = field(repr=False)
     bound: float
+    bound_at: Callable[[Values], Tensor] = field(repr=False)
+
+    @property
+    def harm(self) -> float:
+        """ℓ(θ*) − ℓ(θ̂), in nats."""
+        return self.lost_at(self.learned)
+
+    @property
+    def gap(self) -> float:
+        """ℓ(θ̂) − L(θ̂, q̂), in nats."""
+        return float(self.log_evidence(self.learned)) - self.bound
 
     def install(self) -> None:
         """Set Pyro's param store to θ̂ and q̂, and to nothing else."""
@@ -97,9 +110,19 @@ def maximise(
     return {name: value.detach() for name, value in split(found.x)[1].items()}
 
 
-def generator() -> torch.Generator:
+def highest(
+    function: Callable[[Values], Tensor],
+    starts: Iterable[Values],
+    constrained: Mapping[str, Constraint] | None = None,
+) -> Values:
+    """The highest of the maxima found from several starts."""
+    found = [maximise(function, start, constrained) for start in starts]
+    return max(found, key=lambda values: float(function(values)))
+
+
+def generator(seed: int = 0) -> torch.Generator:
     """Random numbers of a model's data."""
-    return torch.Generator().manual_seed(0)
+    return torch.Generator().manual_seed(seed)
 
 
 def randn(*shape: int, generator: torch.Generator) -> Tensor:
