@@ -58,6 +58,7 @@ def audit(
     refit: Refit | None = None,
     objective: OwnObjective | None = None,
     optimizer: OwnOptimizer | None = None,
+    num_steps: int = 1000,
     num_em_steps: int = 5,
     unit_plate: str | None = None,
     parameters: Sequence[str] = (),
@@ -92,6 +93,7 @@ def audit(
         objective: what θ̂ was trained on, as `SVI` takes it for ``loss=``. With this or `optimizer`
             the harm is split into pull, path and what was not converged; see `reachability`.
         optimizer: what θ̂ was trained by; see `reachability`.
+        num_steps: gradient steps of a round of your training; see `reachability`.
         num_em_steps: EM steps of `local_harm`; 0 leaves that out.
         unit_plate: name of the plate of independent units; found if left out.
         parameters: sites that the guide holds as point masses (as AutoDelta does) and that count
@@ -123,7 +125,7 @@ def audit(
         if not problem.model_parameters.leaves:
             gap = measure_gap(problem, chosen, refit, progress=progress)
             return Audit(gap, None, _without_parameters(gap), settings)
-        own = _own_training(problem, objective, optimizer)
+        own = _own_training(problem, objective, optimizer, num_steps)
         learns = choose_learner(problem, learner) if reference is None else None
         if learns is not None:
             settings["learner"] = str(learns)
@@ -160,12 +162,16 @@ def audit(
 
 
 def _own_training(
-    problem: Problem, objective: OwnObjective | None, optimizer: OwnOptimizer | None
+    problem: Problem,
+    objective: OwnObjective | None,
+    optimizer: OwnOptimizer | None,
+    num_steps: int,
 ) -> SVITraining | None:
     """The user's training, if they said how they train."""
     if objective is None and optimizer is None:
         return None
-    return SVITraining(default_objective(problem) if objective is None else objective, optimizer)
+    chosen = default_objective(problem) if objective is None else objective
+    return SVITraining(chosen, optimizer, num_steps)
 
 
 def _near(problem: Problem, local: LocalHarm | None) -> dict[str, Mapping[str, Tensor]]:
