@@ -272,6 +272,7 @@ def test_settling_keeps_a_history_and_says_when_the_budget_ended():
         ({"num_steps": 0}, "num_steps"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"max_rounds": 0}, "max_rounds"),
+        ({"looks": 0}, "looks"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
