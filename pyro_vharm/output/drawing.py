@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 __all__ = [
     "COLOURS",
@@ -101,6 +101,8 @@ def step_axis(axis: Axes, alongs: Sequence[xr.Dataset]) -> None:
         ticks = [int(steps[0]), *(power for power in powers if power > steps[0]), int(steps[-1])]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axis.set_xlim(left=float(steps[0]), right=float(steps[-1]))
     axis.set_xlabel("step")
 

@@ -26,6 +26,7 @@ __all__ = ["plot_posteriors", "plot_pull", "plot_self_fulfilment", "plot_shape"]
 _FULFILMENT = "make it with to_datatree(self_fulfilment(diagnosed, reference))"
 _DIAGNOSED = "make it with to_datatree(diagnose(history, data))"
 _RIDGES = 3  # units that are drawn if none are named
+_LEAST_PERCENT = 10.0  # at the top of the axis
 _OVERLAP = 1.5  # heights of ridges, in rows
 
 
@@ -134,7 +135,8 @@ def plot_shape(
             for label, (along, colour) in shapes.items()
         ]
         axis.set(title=title, ylabel=unit or nats_unit(num_units))
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        bottom, top = axis.get_ylim()
+        axis.set_ylim((0.0, max(top, _LEAST_PERCENT)) if unit else (min(bottom, 0.0), top))
         _finish(figure, axis, ends, [along for along, _ in shapes.values()])
     return figure
 
@@ -177,7 +179,7 @@ def plot_posteriors(
     draws = group_of(tree, "posterior", ["latents", "checkpoint"], _DIAGNOSED)["latents"]
     label = str(draws["latent"].values[0]) if latent is None else latent
     chosen = _changed_most(tree) if units is None else list(units)
-    height = 0.8 + 0.22 * draws.sizes["checkpoint"]
+    height = 1.2 + 0.22 * draws.sizes["checkpoint"]
     size = (1.0 + 2.0 * len(chosen), height) if figsize is None else figsize
     figure, axes = new_figure(1, len(chosen), size, sharey=True)
     for axis, unit in zip(axes[0], chosen, strict=True):
