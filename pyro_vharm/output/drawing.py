@@ -21,6 +21,7 @@ __all__ = [
     "label_ends",
     "nats_unit",
     "new_figure",
+    "num_units_of",
     "step_axis",
 ]
 
@@ -86,6 +87,11 @@ def new_figure(
     )
 
 
+def num_units_of(dataset: xr.Dataset) -> int:
+    """How many units its totals are of; 1 if it does not say, so that totals stay totals."""
+    return int(dataset.attrs.get("num_units", 1))
+
+
 def nats_unit(num_units: int) -> str:
     """The unit of a mean over units, or of one joint unit."""
     return "nats" if num_units == 1 else "nats per unit"
@@ -109,7 +115,7 @@ def step_axis(axis: Axes, alongs: Sequence[xr.Dataset]) -> None:
 
 def draw_line(axis: Axes, along: xr.Dataset, name: str, colour: str) -> float:
     """Draw a mean over units along checkpoints, with two standard errors; return its last value."""
-    num_units = int(along.attrs["num_units"])
+    num_units = num_units_of(along)
     steps, values = along["checkpoint"].values, along[name].values / num_units
     errors = 2 * along[f"{name}_mc_error"].values / num_units
     axis.plot(steps, values, color=colour, marker="o", markersize=3, clip_on=False)

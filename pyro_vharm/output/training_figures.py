@@ -18,6 +18,7 @@ from pyro_vharm.output.drawing import (
     label_ends,
     nats_unit,
     new_figure,
+    num_units_of,
     step_axis,
 )
 
@@ -57,7 +58,7 @@ def plot_self_fulfilment(tree: xr.DataTree, *, figsize: tuple[float, float] = (6
             (draw_line(axis, along, name, colour), label, colour)
             for label, (along, colour) in lines.items()
         ]
-        axis.set(title=title, ylabel=nats_unit(trained.attrs["num_units"]))
+        axis.set(title=title, ylabel=nats_unit(num_units_of(trained)))
         axis.axhline(0.0, color=COLOURS["level"], linewidth=0.6)
         _finish(figure, axis, ends, [along for along, _ in lines.values()])
     return figure
@@ -80,7 +81,7 @@ def plot_pull(tree: xr.DataTree, *, figsize: tuple[float, float] = (3.5, 2.8)) -
     """
     along = group_of(tree, "trajectory", ["log_evidence", "elbo"], _DIAGNOSED)
     figure, axes = new_figure(1, 1, figsize)
-    axis, num_units = axes[0, 0], along.attrs["num_units"]
+    axis, num_units = axes[0, 0], num_units_of(along)
     levels = [along[name].values / num_units for name in ("elbo", "log_evidence")]
     axis.fill_between(along["checkpoint"], *levels, color=COLOURS["gap"], alpha=0.15, lw=0)
     ends = [
