@@ -139,6 +139,9 @@ def test_evidence_and_elbo_part():
     assert np.allclose(evidence, tree["trajectory"]["log_evidence"] / 50)
     assert np.allclose(elbo, tree["trajectory"]["elbo"] / 50)
     assert vh.plot_pull(tree).axes[0].get_xscale() == "linear"
+    without = tree["trajectory"].to_dataset().drop_attrs()
+    axis = vh.plot_pull(xr.DataTree.from_dict({"trajectory": without})).axes[0]
+    assert axis.get_ylabel() == "nats" and np.allclose(heights(axis)[0], without["log_evidence"])
     rarer = tree["trajectory"].to_dataset().assign_coords(checkpoint=[0, 5, 40, 600])
     figure = vh.plot_pull(xr.DataTree.from_dict({"trajectory": rarer}))
     assert figure.axes[0].get_xscale() == "symlog" and figure.axes[0].get_xlim() == (0.0, 600.0)

@@ -7,7 +7,14 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pyro_vharm.output.drawing import COLOURS, group_of, in_one_style, nats_unit, new_figure
+from pyro_vharm.output.drawing import (
+    COLOURS,
+    group_of,
+    in_one_style,
+    nats_unit,
+    new_figure,
+    num_units_of,
+)
 
 __all__ = ["plot_families", "plot_shifts"]
 
@@ -38,7 +45,7 @@ def plot_families(tree: xr.DataTree, *, figsize: tuple[float, float] | None = No
     panels = [name for name in _PANELS if name in found]
     size = (1.2 + 2.7 * len(panels), 0.9 + 0.34 * len(names)) if figsize is None else figsize
     figure, axes = new_figure(1, len(panels), size, sharey=True)
-    num_units = int(found.attrs["num_units"])
+    num_units = num_units_of(found)
     for axis, name in zip(axes[0], panels, strict=True):
         title, colour = _PANELS[name]
         values = found[name].values / num_units

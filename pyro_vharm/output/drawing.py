@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 __all__ = [
     "COLOURS",
@@ -21,6 +21,7 @@ __all__ = [
     "label_ends",
     "nats_unit",
     "new_figure",
+    "num_units_of",
     "step_axis",
 ]
 
@@ -86,6 +87,11 @@ def new_figure(
     )
 
 
+def num_units_of(dataset: xr.Dataset) -> int:
+    """How many units its totals are of; 1 if it does not say, so that totals stay totals."""
+    return int(dataset.attrs.get("num_units", 1))
+
+
 def nats_unit(num_units: int) -> str:
     """The unit of a mean over units, or of one joint unit."""
     return "nats" if num_units == 1 else "nats per unit"
@@ -101,13 +107,15 @@ def step_axis(axis: Axes, alongs: Sequence[xr.Dataset]) -> None:
         ticks = [int(steps[0]), *(power for power in powers if power > steps[0]), int(steps[-1])]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axis.set_xlim(left=float(steps[0]), right=float(steps[-1]))
     axis.set_xlabel("step")
 
 
 def draw_line(axis: Axes, along: xr.Dataset, name: str, colour: str) -> float:
     """Draw a mean over units along checkpoints, with two standard errors; return its last value."""
-    num_units = int(along.attrs["num_units"])
+    num_units = num_units_of(along)
     steps, values = along["checkpoint"].values, along[name].values / num_units
     errors = 2 * along[f"{name}_mc_error"].values / num_units
     axis.plot(steps, values, color=colour, marker="o", markersize=3, clip_on=False)

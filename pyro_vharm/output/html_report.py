@@ -129,7 +129,8 @@ def _verdict(tree: xr.DataTree) -> str:
 
 def _points(text: str) -> list[str]:
     """The sentences of a printed verdict, which has one after each bullet."""
-    return [" ".join(part.split()) for part in text.split("•")[1:]]
+    heading, *points = text.split("•")
+    return [" ".join(part.split()) for part in points or [heading]]
 
 
 def _ledgers(tree: xr.DataTree) -> list[str]:

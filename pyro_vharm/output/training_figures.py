@@ -18,6 +18,7 @@ from pyro_vharm.output.drawing import (
     label_ends,
     nats_unit,
     new_figure,
+    num_units_of,
     step_axis,
 )
 
@@ -26,6 +27,7 @@ __all__ = ["plot_posteriors", "plot_pull", "plot_self_fulfilment", "plot_shape"]
 _FULFILMENT = "make it with to_datatree(self_fulfilment(diagnosed, reference))"
 _DIAGNOSED = "make it with to_datatree(diagnose(history, data))"
 _RIDGES = 3  # units that are drawn if none are named
+_LEAST_PERCENT = 10.0  # at the top of the axis
 _OVERLAP = 1.5  # heights of ridges, in rows
 
 
@@ -56,7 +58,7 @@ def plot_self_fulfilment(tree: xr.DataTree, *, figsize: tuple[float, float] = (6
             (draw_line(axis, along, name, colour), label, colour)
             for label, (along, colour) in lines.items()
         ]
-        axis.set(title=title, ylabel=nats_unit(trained.attrs["num_units"]))
+        axis.set(title=title, ylabel=nats_unit(num_units_of(trained)))
         axis.axhline(0.0, color=COLOURS["level"], linewidth=0.6)
         _finish(figure, axis, ends, [along for along, _ in lines.values()])
     return figure
@@ -80,7 +82,7 @@ def plot_pull(tree: xr.DataTree, *, figsize: tuple[float, float] = (3.5, 2.8)) -
     bound = "objective" if "reachability" in tree.children else "elbo"
     along = group_of(tree, "trajectory", ["log_evidence", bound], _DIAGNOSED)
     figure, axes = new_figure(1, 1, figsize)
-    axis, num_units = axes[0, 0], along.attrs["num_units"]
+    axis, num_units = axes[0, 0], num_units_of(along)
     levels = [along[name].values / num_units for name in (bound, "log_evidence")]
     axis.fill_between(along["checkpoint"], *levels, color=COLOURS["gap"], alpha=0.15, lw=0)
     ends = [
@@ -135,7 +137,8 @@ def plot_shape(
             for label, (along, colour) in shapes.items()
         ]
         axis.set(title=title, ylabel=unit or nats_unit(num_units))
-        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        bottom, top = axis.get_ylim()
+        axis.set_ylim((0.0, max(top, _LEAST_PERCENT)) if unit else (min(bottom, 0.0), top))
         _finish(figure, axis, ends, [along for along, _ in shapes.values()])
     return figure
 
@@ -178,7 +181,7 @@ def plot_posteriors(
     draws = group_of(tree, "posterior", ["latents", "checkpoint"], _DIAGNOSED)["latents"]
     label = str(draws["latent"].values[0]) if latent is None else latent
     chosen = _changed_most(tree) if units is None else list(units)
-    height = 0.8 + 0.22 * draws.sizes["checkpoint"]
+    height = 1.2 + 0.22 * draws.sizes["checkpoint"]
     size = (1.0 + 2.0 * len(chosen), height) if figsize is None else figsize
     figure, axes = new_figure(1, len(chosen), size, sharey=True)
     for axis, unit in zip(axes[0], chosen, strict=True):
