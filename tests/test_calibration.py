@@ -24,9 +24,10 @@ from benchmarks.calibration_tables import (
 )
 from benchmarks.controls import CONTROLS
 from benchmarks.exact_optima import highest, tensor
+from benchmarks.learners import AIM, missing_after
 from pyro_vharm.learning.refit import estimate_elbo
 from pyro_vharm.model.problem import prepare
-from tests.statistics import Z
+from tests.statistics import SEED, Z
 
 # a variance that vanished and classes that died lie at a boundary, where L rises on
 INTERIOR = [name for name in CONTROLS if name != "factor analysis, a variance gone"]
@@ -249,3 +250,12 @@ def test_a_prediction_is_kept_beside(monkeypatch):
 
     monkeypatch.setattr(vh, "local_harm", lambda *_args, **_options: Found, raising=False)
     assert measure(Run("mixture, hard assignment", 0, "exact"))["predicted"] == 1.5
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_quick_learning_of_one_joint_unit(seed):
+    """With a few particles of one unit their noise had looked like arrival, at θ̂ itself."""
+    harmed = CONTROLS["AR(1), mean field over time"].simulate(seed)
+    learner = vh.ExpectationMaximization(guide_training=vh.GuideTraining(0))
+    assert harmed.harm > 0.15
+    assert missing_after(harmed, learner, SEED)["missing"] < AIM

@@ -27,7 +27,8 @@ __all__ = ["Ending", "LearningRun", "Values", "is_higher", "quick_choice", "watc
 _LEAST_GAIN = 0.05
 _PROBED_BATCHES = 20
 _PROBED_UNITS, _MANY_DIMS, _FEW_DIMS = 200, 10, 2
-_FEWEST, _MOST, _ELEMENTS = 8, 128, 2**14  # particles, and numbers in them
+_WATCHING = 8  # particles, at the least
+_MOST_PARTICLES, _ELEMENTS = 128, 2**14
 
 
 class Ending(NamedTuple):
@@ -171,8 +172,7 @@ def watch(problem: Problem, journal: Journal, name: str) -> Estimate:
     """Log evidence as a learner left it, to choose between attempts and for nothing else."""
 
     def look() -> Mapping[str, Any]:
-        count = min(d.affordable(_FEWEST, _MOST, _ELEMENTS) for d in problem.densities)
-        choice = quick_choice(problem, count)
+        choice = quick_choice(problem, _WATCHING)
         found = estimate_evidence(problem.densities, choice).per_unit.total()
         return {"value": found.value, "error": found.mc_error, "kind": int(found.kind)}
 
@@ -181,14 +181,18 @@ def watch(problem: Problem, journal: Journal, name: str) -> Estimate:
 
 
 def quick_choice(problem: Problem, num_particles: int) -> Choice:
-    """The method of choice for few dimensions; for more, a short annealing."""
+    """The method of choice for few dimensions; for more, a short annealing.
+
+    With more particles where units are few: those of one joint unit have nothing to average over.
+    """
     dim = problem.densities[0].dim
     if dim <= _FEW_DIMS:
         return choose_method(problem.densities)
     start = MatchedStart(refit=dim > _MANY_DIMS)
-    return Choice(
-        AnnealedImportanceSampling(num_particles, num_steps=5, num_settling=5, start=start)
-    )
+    most = max(num_particles, _MOST_PARTICLES)
+    parts = problem.densities
+    count = min(part.affordable(num_particles, most, _ELEMENTS) for part in parts)
+    return Choice(AnnealedImportanceSampling(count, num_steps=5, num_settling=5, start=start))
 
 
 def is_higher(first: Estimate, second: Estimate) -> bool:
