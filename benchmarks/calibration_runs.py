@@ -71,7 +71,7 @@ def measure(run: Run) -> Line:
         "gap": harmed.gap,
         "reached": harmed.lost_at(harmed.learned) - harmed.lost_at(audit.reference.parameters),
     }
-    found = {**_found(audit, harmed), "predicted": _predicted(harmed, run.seed)}
+    found = {**_found(audit, harmed), **_near(audit)}
     return {**run._asdict(), **exact, **found, "seconds": round(seconds, 1)}
 
 
@@ -95,14 +95,18 @@ def _found(audit: vh.Audit, harmed: HarmedModel) -> Line:
     }
 
 
-def _predicted(harmed: HarmedModel, seed: int) -> float | None:
-    """What `local_harm` foretells without learning; ``None`` where this package has none."""
-    local = getattr(vh, "local_harm", None)
-    if local is None:
-        return None
-    harmed.install()
-    found = local(harmed.model, harmed.guide, harmed.data, seed=seed, progress=False).predicted
-    return float(getattr(found, "value", found))
+def _near(audit: vh.Audit) -> Line:
+    """What `local_harm` foretells and gains without learning anew."""
+    local = audit.local
+    assert local is not None, "the audit was asked to look near θ̂"
+    lower = local.lower
+    return {
+        "predicted": local.predicted.value,
+        "predicted_error": local.predicted.mc_error,
+        "near": local.best.gain.value,
+        "near_lower": None if lower is None else lower.value,
+        "findings": list(local.findings),
+    }
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -242,14 +242,11 @@ def test_the_command(tmp_path, capsys):
     assert json.loads(saved.read_text())["positives"][0]["harm / undecided / none"] == "1 / 0 / 0"
 
 
-def test_a_prediction_is_kept_beside(monkeypatch):
-    """`local_harm`, where the package has it."""
-
-    class Found:
-        predicted = vh.Estimate(1.5, 0.1, 3, vh.Kind.ESTIMATED)
-
-    monkeypatch.setattr(vh, "local_harm", lambda *_args, **_options: Found, raising=False)
-    assert measure(Run("mixture, hard assignment", 0, "exact"))["predicted"] == 1.5
+def test_what_shows_near_is_kept_beside():
+    line = measure(Run("mixture, hard assignment", 0, "exact"))
+    assert 0 < line["predicted"] < 2 * line["harm"]
+    assert 0.5 * line["harm"] < line["near_lower"] <= line["harm"] + 1e-6
+    assert line["near"] <= line["harm"] + 1e-6
 
 
 @pytest.mark.parametrize("seed", [0, 1])
