@@ -23,11 +23,13 @@ __all__ = ["MEASUREMENTS", "Run", "measure", "measure_all", "read_lines"]
 type Line = dict[str, Any]
 
 _BRIEF = vh.GuideTraining(200, max_rounds=1)
+_EM_STEPS = 2
+_REFIT = vh.Refit(num_steps=20, num_particles=100)
 _ANNEALING = vh.AnnealedImportanceSampling(64, num_steps=5, target_width=0.05)
 
 # exact: the learner and method that `audit` takes by itself in up to two dimensions. sampled: what
-# it can do where nothing is exact. Both retrain the guide briefly, which touches only the causes
-# that a verdict names.
+# it can do where nothing is exact. Both retrain and refit the guide briefly, which touches only the
+# causes that a verdict names.
 MEASUREMENTS: dict[str, Callable[[], Mapping[str, Any]]] = {
     "exact": lambda: {"learner": vh.ExactLearner(guide_training=_BRIEF)},
     "sampled": lambda: {
@@ -60,6 +62,8 @@ def measure(run: Run) -> Line:
         harmed.guide,
         harmed.data,
         **MEASUREMENTS[run.measurement](),
+        refit=_REFIT,
+        num_em_steps=_EM_STEPS,
         seed=run.seed,
         progress=False,
     )

@@ -558,3 +558,31 @@ def test_units_weigh_the_same_in_batches_of_any_size():
     for data in ((v,), [(v[:100],), (v[100:],)]):
         reference = vh.learn_reference(model, data, guide=guide, learner=learner, progress=False)
         assert float(reference.parameters["mu"]) == pytest.approx(float(v.mean()), abs=0.05)
+
+
+def test_a_refit_leaves_the_wide_minimum_between_two_modes():
+    """From a wide guide, one start stays over both modes: over a nat short in a single unit."""
+    v = torch.tensor([3.47, 3.0, 1.5], dtype=torch.float64)
+
+    def model(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+            pyro.sample("v", dist.Normal(h.square() + 0.18, 0.955), obs=v)
+
+    def guide(v):
+        with pyro.plate("units", len(v)):
+            pyro.sample("h", dist.Normal(v.new_full((len(v),), 0.1), 1.0))
+
+    loc = torch.linspace(-0.5, 2.5, 601, dtype=torch.float64)[:, None, None]
+    variance = torch.linspace(0.15, 1.2, 400, dtype=torch.float64).square()[:, None]
+    residual, mean = v - 0.18, loc.square()
+    fourth = mean.square() + 6 * mean * variance + 3 * variance.square()
+    squares = residual.square() - 2 * residual * (mean + variance) + fourth
+    height = -squares / (2 * 0.955**2) - math.log(0.955) - 0.5 * math.log(2 * math.pi)
+    height = height - 0.5 * (mean + variance) + 0.5 * variance.log() + 0.5
+    exact = height.flatten(0, 1).max(0).values
+    torch.manual_seed(0)
+    problem = prepare(model, guide, (v,))
+    found = refitted_elbo(problem, vh.Refit(num_particles=4000), progress=False)
+    assert bool((found.values < exact + Z * found.mc_errors).all())
+    assert bool((found.values > exact - 0.1 - Z * found.mc_errors).all())

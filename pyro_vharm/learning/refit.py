@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from pyro_vharm.objectives.importance_weighted import importance_weighted_bound
 __all__ = ["Refit", "elbo_over_batches", "estimate_elbo", "refitted_elbo"]
 
 _ROWS_PER_PASS = 2**18
-_MOST_ROUNDS, _LEAST_GAIN = 8, 1e-5
+_MOST_ROUNDS, _LEAST_GAIN = 20, 1e-5
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,20 @@ def estimate_elbo(densities: UnitDensities, num_particles: int) -> UnitEstimates
 
     One value for all units where the guide's density can be had in total only.
     """
+    log_weights = _guide_log_weights(densities, num_particles)
+    error = log_weights.std(0) / num_particles**0.5
+    units_each = densities.num_units // log_weights.shape[1]
+    return UnitEstimates(log_weights.mean(0), error, Kind.ESTIMATED, units_each=units_each)
+
+
+def _guide_log_weights(densities: UnitDensities, num_particles: int) -> Tensor:
     per_pass = max(_ROWS_PER_PASS // densities.num_units, 1)
     parts: list[Tensor] = []
     with torch.no_grad():
         for done in range(0, num_particles, per_pass):
             count = min(per_pass, num_particles - done)
             parts.append(densities.draw_guide(count).log_weights)
-    log_weights = torch.cat(parts)
-    error = log_weights.std(0) / num_particles**0.5
-    units_each = densities.num_units // log_weights.shape[1]
-    return UnitEstimates(log_weights.mean(0), error, Kind.ESTIMATED, units_each=units_each)
+    return torch.cat(parts)
 
 
 def elbo_over_batches(problem: Problem, num_particles: int) -> UnitEstimates | None:
@@ -124,20 +128,85 @@ def _refit_batch(
 def _refit_freed(
     densities: UnitDensities, freed: FreedGuide, refit: Refit, progress: bool
 ) -> UnitEstimates:
-    """Optimise in rounds, each with steps in units of where the last one ended, while L rises."""
-    best = estimate_elbo(replace(densities, guide=freed), refit.num_particles).total()
-    for _ in range(_MOST_ROUNDS):
+    """The best of each unit from two starts: where the guide has it, and narrow and elsewhere.
+
+    KL(q ‖ p) has several local minima where a posterior has several modes. From the second start
+    one round is run first; if it is behind for every unit, that was enough. Which is better is
+    told by draws that serve nothing else.
+    """
+    seed = int(torch.randint(2**31, ()))
+
+    def climb(begun: FreedGuide, most_rounds: int) -> _Climbed:
+        return _climb(densities, begun, refit, seed, most_rounds, progress)
+
+    first, second = climb(freed, _MOST_ROUNDS), climb(freed.narrowed(), 1)
+    lead = second.log_weights - first.log_weights
+    if not bool((lead.mean(0) > 2 * lead.std(0) / len(lead) ** 0.5).any()):
+        return estimate_elbo(replace(densities, guide=first.guide), refit.num_particles)
+    second = climb(second.guide, _MOST_ROUNDS)
+    ahead = second.log_weights.mean(0) > first.log_weights.mean(0)
+    found = [
+        estimate_elbo(replace(densities, guide=climbed.guide), refit.num_particles)
+        for climbed in (first, second)
+    ]
+    return replace(
+        found[0],
+        values=torch.where(ahead, found[1].values, found[0].values),
+        mc_errors=torch.where(ahead, found[1].mc_errors, found[0].mc_errors),
+    )
+
+
+class _Climbed(NamedTuple):
+    """Where rounds of optimisation ended, and log weights of draws that compare ends."""
+
+    guide: FreedGuide
+    log_weights: Tensor
+
+
+def _climb(
+    densities: UnitDensities,
+    freed: FreedGuide,
+    refit: Refit,
+    seed: int,
+    most_rounds: int,
+    progress: bool,
+) -> _Climbed:
+    """Optimise in rounds, each with steps in units of where the last one ended, while L rises.
+
+    Rounds are compared by the same random numbers, so that a rise in one unit is not lost in the
+    noise of all.
+    """
+
+    def look() -> Tensor:
+        return _same_draws(replace(densities, guide=freed), refit.num_particles, seed)
+
+    before = look()
+    for _ in range(most_rounds):
         _fit(replace(densities, guide=freed), freed.leaves(), refit, progress)
-        now = estimate_elbo(replace(densities, guide=freed), refit.num_particles).total()
-        gain, error = now.value - best.value, math.hypot(now.mc_error, best.mc_error)
+        now = look()
+        gain, error = _paired_gain(now, before)
         if gain < -2 * error:  # where it starts at the best of the family, steps add their noise
             _back(freed)
+            return _Climbed(freed, before)
+        before, again = now, free_arguments(freed, densities.batch)
+        if again is None or gain < max(2 * error, _LEAST_GAIN * abs(float(now.mean(0).sum()))):
             break
-        again = free_arguments(freed, densities.batch)
-        if again is None or gain < max(2 * error, _LEAST_GAIN * abs(now.value)):
-            break
-        best, freed = now, FreedGuide(freed.guide, again.freed)
-    return estimate_elbo(replace(densities, guide=freed), refit.num_particles)
+        freed = FreedGuide(freed.guide, again.freed)
+    return _Climbed(freed, before)
+
+
+def _same_draws(densities: UnitDensities, num_particles: int, seed: int) -> Tensor:
+    """Log weights of the guide's draws from a seed, shape ``(particle, unit)``."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return _guide_log_weights(densities, num_particles)
+
+
+def _paired_gain(now: Tensor, before: Tensor) -> tuple[float, float]:
+    """Of the sum over units of the mean over particles, with its standard error."""
+    change = now - before
+    variance = change.var(0).sum() / len(change)
+    return float(change.mean(0).sum()), float(variance.sqrt())
 
 
 def _back(freed: FreedGuide) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -23,6 +23,11 @@ __all__ = ["FreedGuide", "free_arguments"]
 type Site = dict[str, Any]
 
 
+_NARROW = 0.3
+_REAL = (constraints.real, constraints.real_vector)
+_SCALES = (constraints.positive, constraints.lower_cholesky)
+
+
 @dataclass(frozen=True)
 class _FreedArgument:
     """One argument of one distribution: value = transform(origin + step · leaf)."""
@@ -30,18 +35,40 @@ class _FreedArgument:
     origin: Tensor
     step: Tensor
     leaf: Tensor
-    transform: Callable[[Tensor], Tensor]
+    transform: Any
+    constraint: Any
 
     def __call__(self) -> Tensor:
-        return self.transform(self.origin + self.step * self.leaf)
+        value: Tensor = self.transform(self.origin + self.step * self.leaf)
+        return value
+
+    def narrowed(self) -> _FreedArgument:
+        """A location elsewhere within about a standard deviation; a scale that is a third."""
+        origin = self.origin
+        if self.constraint in _REAL:
+            origin = origin + self.step * torch.randn_like(origin)
+        elif self.constraint in _SCALES:
+            origin = self.transform.inv(_NARROW * self.transform(origin))
+        return replace(self, origin=origin, leaf=torch.zeros_like(origin, requires_grad=True))
 
 
 @dataclass(frozen=True)
 class _FreedDistribution:
     """A distribution rebuilt from free arguments each time it is called."""
 
-    leaves: list[Tensor]
-    build: Callable[[], Any]
+    arguments: Mapping[str, _FreedArgument]
+    rebuild: Callable[[Mapping[str, Tensor]], Any]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [argument.leaf for argument in self.arguments.values()]
+
+    def build(self) -> Any:
+        return self.rebuild({name: argument() for name, argument in self.arguments.items()})
+
+    def narrowed(self) -> _FreedDistribution:
+        arguments = {name: argument.narrowed() for name, argument in self.arguments.items()}
+        return replace(self, arguments=arguments)
 
 
 class _ReplacedDistributions(Messenger):  # type: ignore[misc]
@@ -73,6 +100,10 @@ class FreedGuide:
         """Run the guide with its distributions replaced."""
         with _ReplacedDistributions(self.freed):
             return self.guide(*args, **kwargs)
+
+    def narrowed(self) -> FreedGuide:
+        """The same from elsewhere: narrow, and moved at random by about a standard deviation."""
+        return replace(self, freed={name: freed.narrowed() for name, freed in self.freed.items()})
 
     def leaves(self) -> list[Tensor]:
         """The free arguments, to be optimised; all start at 0."""
@@ -121,7 +152,9 @@ def _free(fn: Any) -> _FreedDistribution | None:
         if base is None:
             return None
         ndims = fn.reinterpreted_batch_ndims
-        return _FreedDistribution(base.leaves, lambda: dist.Independent(base.build(), ndims))
+        return _FreedDistribution(
+            base.arguments, lambda values: dist.Independent(base.rebuild(values), ndims)
+        )
     names = _argument_names(fn)
     if names is None:
         return None
@@ -130,10 +163,7 @@ def _free(fn: Any) -> _FreedDistribution | None:
     except NotImplementedError:  # a constraint without a transform, as of a uniform's ends
         return None
     cls = type(fn)
-    return _FreedDistribution(
-        [argument.leaf for argument in arguments.values()],
-        lambda: cls(**{name: argument() for name, argument in arguments.items()}),
-    )
+    return _FreedDistribution(arguments, lambda values: cls(**values))
 
 
 def _argument_names(fn: Any) -> list[str] | None:
@@ -157,9 +187,11 @@ def _free_argument(fn: Any, name: str) -> _FreedArgument:
     transform = transform_to(constraint)
     origin = transform.inv(value).clone()
     step = torch.ones_like(origin)
-    if constraint in (constraints.real, constraints.real_vector):
+    if constraint in _REAL:
         step = _standard_deviation(fn, origin)
-    return _FreedArgument(origin, step, torch.zeros_like(origin, requires_grad=True), transform)
+    return _FreedArgument(
+        origin, step, torch.zeros_like(origin, requires_grad=True), transform, constraint
+    )
 
 
 def _standard_deviation(fn: Any, like: Tensor) -> Tensor:
