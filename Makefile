@@ -27,7 +27,8 @@ bench: $(READY)
 
 # resumable: what was measured lies in out/calibration, and the next call goes on from there
 calibration: $(READY)
-	$(SHARED) $(RUN)/python -m benchmarks.calibration --out out/calibration --save benchmarks/results/calibration.json
+	$(SHARED) $(RUN)/python -m benchmarks.calibration --out out/calibration --save benchmarks/results/calibration.json \
+		--page docs/calibration.md
 
 lint: $(READY)
 	$(RUN)/ruff check .

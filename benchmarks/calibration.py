@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.calibration_runs import Run, measure_all, read_lines
+from benchmarks.calibration_runs import MEASUREMENTS, Run, measure_all, read_lines
 from benchmarks.calibration_tables import Table, hard, is_within, nulls, positives, power
 from benchmarks.controls import CONTROLS
-from benchmarks.tables import print_table
+from benchmarks.tables import markdown_table
 
-__all__ = ["main"]
+__all__ = ["main", "put_between_marks"]
 
 _LINES = "lines.jsonl"
+_BEGIN, _END = "% calibration: tables begin", "% calibration: tables end"
 _TITLES = {
     "nulls": "Null controls: nothing may be found",
     "positives": "Positive controls, within 5 % or 0.05 nats",
@@ -46,37 +47,61 @@ def _tables(lines: Sequence[dict[str, Any]]) -> dict[str, Table]:
     return {name: function(lines) for name, function in made.items()}
 
 
-def _show(lines: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]) -> None:
+def _text(lines: Sequence[dict[str, Any]]) -> str:
+    """All tables, and what is farther off than it should be."""
+    parts = [f"{len(lines)} measurements of {_count_data_sets(lines)} simulated data sets."]
     for name, (header, rows) in _tables(lines).items():
         if rows:
-            print(f"\n{_TITLES[name]}\n")
-            print_table(header, rows)
-    deviations = [
-        line
+            parts += [f"### {_TITLES[name]}", markdown_table(header, rows)]
+    off = [
+        f"- {line['control']}, seed {line['seed']}, {line['measurement']}: true harm "
+        f"{line['harm']:.3f}, learner reached {line['reached']:.3f}, estimate "
+        f"{line['estimate']:.3f} ± {line['mc_error']:.3f}"
         for line in lines
-        if line["measurement"] == "exact" and not is_within(line["estimate"], line["harm"])
+        if line["measurement"] != "sampled" and not is_within(line["estimate"], line["harm"])
     ]
-    for line in deviations:
-        shown = (line[name] for name in ("harm", "reached", "estimate"))
-        print("off:", line["control"], line["seed"], *(f"{x:.3f}" for x in shown), sep=" | ")
-    for line in failed:
-        print("failed:", line["control"], line["seed"], line["measurement"], line["error"])
+    if off:
+        parts += ["Estimates farther off than 5 % and 0.05 nats, by enough work:", "\n".join(off)]
+    return "\n\n".join(parts)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is missing, print the tables, and write them as JSON."""
+def _count_data_sets(lines: Sequence[dict[str, Any]]) -> int:
+    return len({(line["control"], line["seed"]) for line in lines})
+
+
+def put_between_marks(page: Path, text: str) -> None:
+    """Replace what stands between the two marks of a page.
+
+    Raises:
+        ValueError: if the page lacks a mark.
+    """
+    before, begin, rest = page.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        raise ValueError(f"{page} lacks the line {_BEGIN!r} or {_END!r}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=list(CONTROLS))
     parser.add_argument("--seeds", type=int, help="only the first so many of each control")
-    parser.add_argument("--measured", choices=("exact", "sampled"), help="only so")
+    parser.add_argument("--measured", choices=MEASUREMENTS, help="only so")
+    parser.add_argument("--tables-only", action="store_true", help="of what has been measured")
     parser.add_argument("--workers", type=int, default=2, choices=(1, 2))
     parser.add_argument("--out", type=Path, default=Path("out/calibration"))
     parser.add_argument("--save", type=Path, help="where to write the tables, as JSON")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--page", type=Path, help="a page with marks to put the tables between")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is missing, print the tables, and write them where it was asked."""
+    options = _options(arguments)
     path = options.out / _LINES
     runs = _runs(options.controls, options.seeds, options.measured)
     failed = []
-    for line in measure_all(runs, path, options.workers):
+    for line in () if options.tables_only else measure_all(runs, path, options.workers):
         failed += [line] if "error" in line else []
         print("#", *(line[name] for name in Run._fields), _told(line), sep=" | ", flush=True)
     asked = set(runs)
@@ -85,7 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in read_lines(path)
         if "error" not in line and Run(*(line[name] for name in Run._fields)) in asked
     ]
-    _show(lines, failed)
+    print("\n" + _text(lines))
+    for line in failed:
+        print("failed:", *(line[name] for name in Run._fields), line["error"])
+    if options.page is not None:
+        put_between_marks(options.page, _text(lines))
     if options.save is not None:
         content = {
             name: [dict(zip(header, row, strict=True)) for row in rows]

@@ -25,16 +25,25 @@ type Line = dict[str, Any]
 _BRIEF = vh.GuideTraining(200, max_rounds=1)
 _EM_STEPS = 2
 _REFIT = vh.Refit(num_steps=20, num_particles=100)
-_ANNEALING = vh.AnnealedImportanceSampling(64, num_steps=5, target_width=0.05)
 
-# exact: the learner and method that `audit` takes by itself in up to two dimensions. sampled: what
-# it can do where nothing is exact. Both retrain and refit the guide briefly, which touches only the
-# causes that a verdict names.
+# exact: the learner and method that `audit` takes by itself in up to two dimensions. sampled: quick
+# learning and annealing, where nothing is exact. chains: more of both, for one joint unit. All
+# retrain and refit the guide briefly, which touches only the causes that a verdict names.
 MEASUREMENTS: dict[str, Callable[[], Mapping[str, Any]]] = {
     "exact": lambda: {"learner": vh.ExactLearner(guide_training=_BRIEF)},
     "sampled": lambda: {
         "learner": vh.ExpectationMaximization(guide_training=_BRIEF),
-        "method": _ANNEALING,
+        "method": vh.AnnealedImportanceSampling(64, num_steps=5, target_width=0.05),
+    },
+    "chains": lambda: {
+        "learner": vh.GradientLearner(
+            vh.MarkovChainEM(8, chains=vh.PersistentChains()),
+            num_steps=1000,
+            learning_rate=0.01,
+            max_rounds=2,
+            guide_training=_BRIEF,
+        ),
+        "method": vh.AnnealedImportanceSampling(2048, num_steps=30),
     },
 }
 

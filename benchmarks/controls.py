@@ -23,7 +23,7 @@ __all__ = ["CONTROLS", "Control", "Role"]
 
 type Role = Literal["null", "positive", "hard"]
 
-BOTH, EXACT, SAMPLED = ("exact", "sampled"), ("exact",), ("sampled",)
+BOTH, EXACT, ONE_UNIT = ("exact", "sampled"), ("exact",), ("sampled", "chains")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ CONTROLS: dict[str, Control] = {
     "two causes, tied": Control("positive", two_causes, (10, 30, 100, 300), _first(12), BOTH),
     "factor analysis": Control("positive", factor_analysis, (20, 60, 200), _first(9), BOTH),
     "AR(1), mean field over time": Control(
-        "positive", autoregression, (20, 40, 80), _first(6), SAMPLED
+        "positive", autoregression, (20, 40, 80), _first(6), ONE_UNIT
     ),
     "sign-symmetric": Control("positive", sign_symmetric, (20, 60, 150), _first(9), BOTH),
     "noisy-OR": Control("positive", noisy_or, (20, 40, 100), _first(9), EXACT),
@@ -78,6 +78,6 @@ CONTROLS: dict[str, Control] = {
     "mixture, collapsed": Control("hard", collapsed_mixture, (), _first(3), EXACT),
     "factor analysis, a variance gone": Control("hard", vanished_variance, (), _first(3), EXACT),
     "two causes, weight known": Control("hard", known_weights, (), _first(3), EXACT),
-    "two chains, global maximum of L": Control("hard", two_chains, (), (0, 2, 7), SAMPLED),
-    "two chains, local maximum of L": Control("hard", two_chains_near, (), (0, 2, 7), SAMPLED),
+    "two chains, global maximum of L": Control("hard", two_chains, (), (0, 2, 7), ONE_UNIT),
+    "two chains, local maximum of L": Control("hard", two_chains_near, (), (0, 2, 7), ONE_UNIT),
 }

@@ -234,11 +234,21 @@ def test_the_command(tmp_path, capsys):
     """One data set in a process of its own; the second call has nothing left to do."""
     saved = tmp_path / "tables.json"
     arguments = ["--controls", "mixture, hard assignment", "--seeds", "1", "--workers", "1"]
-    arguments += ["--out", str(tmp_path), "--save", str(saved)]
+    page = tmp_path / "page.md"
+    marks = "% calibration: tables begin\n{}\n% calibration: tables end"
+    page.write_text(f"before\n{marks.format('old')}\nafter\n")
+    arguments += ["--out", str(tmp_path), "--save", str(saved), "--page", str(page)]
     calibration.main(arguments)
     first = capsys.readouterr().out
+    calibration.main([*arguments, "--tables-only"])
+    assert "### Power" in capsys.readouterr().out
     calibration.main(arguments)
     assert "# | mixture" in first and "# | mixture" not in capsys.readouterr().out
+    shown = page.read_text()
+    assert shown.startswith("before\n%") and shown.endswith("end\nafter\n")
+    assert "| mixture" in shown and "old" not in shown
+    with pytest.raises(ValueError, match="lacks the line"):
+        calibration.put_between_marks(saved, "")
     assert json.loads(saved.read_text())["positives"][0]["harm / undecided / none"] == "1 / 0 / 0"
 
 
