@@ -133,32 +133,36 @@ def audit(
             _announce(problem, chosen, learns, num_em_steps, own)
         gap = measure_gap(problem, chosen, refit, progress=progress)
         local = None
-        if num_em_steps:
+        if num_em_steps and problem.model_parameters.trainable():
             local = measure_local_harm(
                 problem, gap.evidence, chosen, None, num_em_steps, progress=progress
             )
         if learns is not None:
+            known, journal = _near(problem, local), Journal()
             found = train_reference(
-                problem,
-                learns,
-                start,
-                fresh,
-                journal=Journal(),
-                progress=progress,
-                known=_near(problem, local),
+                problem, learns, start, fresh, journal=journal, progress=progress, known=known
             )
         else:
-            assert reference is not None, "a learner was chosen where there is none"
-            training = GuideTraining() if learner == "auto" else learner.guide_training
-            found = resolve_reference(problem, reference, training, progress=progress)
+            found = _given(problem, reference, learner, progress)
         harm = measure_harm(problem, gap, found, held, notes, chosen, refit, progress=progress)
         reach = None
         if own is not None:
             reach = measure_reachability(problem, found, own, chosen, refit, progress=progress)
-        if material is None:
-            material = material_harm(problem.model_parameters, problem.num_units)
-        verdict = judge(harm, material, local, reach)
+        least = material_harm(problem.model_parameters, problem.num_units)
+        verdict = judge(harm, least if material is None else material, local, reach)
         return Audit(gap, harm, verdict, settings, local, reach)
+
+
+def _given(
+    problem: Problem,
+    reference: Reference | Mapping[str, Any] | None,
+    learner: Learner | Literal["auto"],
+    progress: bool,
+) -> Reference:
+    """What the user handed in, with the guide retrained there."""
+    assert reference is not None, "a learner was chosen where there is none"
+    training = GuideTraining() if learner == "auto" else learner.guide_training
+    return resolve_reference(problem, reference, training, progress=progress)
 
 
 def _own_training(
