@@ -32,6 +32,7 @@ from pyro_vharm.errors import (
     InputError,
     JointUnitWarning,
     LoopedRunsWarning,
+    NotTwiceDifferentiableError,
     UncompiledWarning,
     UnresolvedIntegralError,
 )
@@ -158,6 +159,7 @@ __all__ = [
     "MeanField",
     "Measured",
     "Modes",
+    "NotTwiceDifferentiableError",
     "ObjectiveReport",
     "Parameters",
     "Particles",

@@ -17,7 +17,7 @@ from pyro_vharm.diagnostics.local import LocalHarm
 from pyro_vharm.diagnostics.local_measurement import measure_local_harm
 from pyro_vharm.diagnostics.pull_measurement import measure_reachability
 from pyro_vharm.diagnostics.verdict import Verdict, judge, material_harm
-from pyro_vharm.errors import InputError
+from pyro_vharm.errors import InputError, NotTwiceDifferentiableError
 from pyro_vharm.estimates import UnitEstimates
 from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
 from pyro_vharm.learning.attempts import train_reference
@@ -134,9 +134,12 @@ def audit(
         gap = measure_gap(problem, chosen, refit, progress=progress)
         local = None
         if num_em_steps and problem.model_parameters.trainable():
-            local = measure_local_harm(
-                problem, gap.evidence, chosen, None, num_em_steps, progress=progress
-            )
+            try:
+                local = measure_local_harm(
+                    problem, gap.evidence, chosen, None, num_em_steps, progress=progress
+                )
+            except NotTwiceDifferentiableError as error:
+                notes = (*notes, f"Nothing is known of what shows near θ̂: {error}.")
         if learns is not None:
             known, journal = _near(problem, local), Journal()
             found = train_reference(

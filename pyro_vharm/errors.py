@@ -6,6 +6,7 @@ __all__ = [
     "InputError",
     "JointUnitWarning",
     "LoopedRunsWarning",
+    "NotTwiceDifferentiableError",
     "UncompiledWarning",
     "UnresolvedIntegralError",
 ]
@@ -13,6 +14,10 @@ __all__ = [
 
 class InputError(ValueError):
     """An argument breaks a constraint; the message names it, what was received and the mend."""
+
+
+class NotTwiceDifferentiableError(InputError):
+    """An operation in the model has no second derivative."""
 
 
 class UnresolvedIntegralError(ArithmeticError):

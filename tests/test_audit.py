@@ -1,6 +1,7 @@
 """The audit as a chain: what each part adds, what it says first, and which change it advises."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
@@ -178,3 +179,39 @@ def test_bad_budgets_are_refused():
         vh.audit(harmed.model, harmed.guide, harmed.data, num_em_steps=-1)
     with pytest.raises(vh.InputError, match="num_steps must be at least 1"):
         vh.audit(harmed.model, harmed.guide, harmed.data, objective=Trace_ELBO(), num_steps=0)
+
+
+class Once(torch.autograd.Function):
+    """The identity, without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 1.0 * gradient
+
+
+def once_model(v):
+    loc = pyro.param("loc", v.new_tensor(0.0))
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(Once.apply(loc), 1.0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+
+def once_guide(v):
+    with pyro.plate("units", len(v)):
+        pyro.sample("h", dist.Normal(0.5 * v, 0.7))
+
+
+def test_a_model_without_second_derivatives_is_audited_all_the_same():
+    v = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    with pytest.raises(vh.NotTwiceDifferentiableError, match="must be twice differentiable"):
+        vh.local_harm(once_model, once_guide, (v,), progress=False)
+    reference = {"loc": v.mean()}
+    audit = vh.audit(once_model, once_guide, (v,), reference=reference, refit=QUICK, progress=False)
+    assert audit.local is None
+    assert "Nothing is known of what shows near" in str(audit)
+    assert audit.harm.harm.value == pytest.approx(float(3 * v.mean() ** 2 / 4), abs=1e-4)

@@ -89,6 +89,7 @@ def local_harm(
 
     Raises:
         InputError: where an argument breaks a constraint, or the model has no parameters.
+        NotTwiceDifferentiableError: if an operation in the model has no second derivative.
 
     Source: "Maximum Likelihood from Incomplete Data via the EM Algorithm", Dempster, Laird, Rubin
     (1977), for Fisher's identity; "Finding the Observed Information Matrix When Using the EM

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vharm.errors import NotTwiceDifferentiableError
+
 __all__ = ["Directions", "PosteriorScores", "coordinate_directions", "score_particles"]
 
 
@@ -108,6 +110,9 @@ def score_particles(
         dilution: factor on the noise of each unit, for draws that depend on each other,
             shape ``(unit,)``.
 
+    Raises:
+        NotTwiceDifferentiableError: if an operation in the model has no second derivative.
+
     Source: "Finding the Observed Information Matrix When Using the EM Algorithm", Louis (1982).
     """
     used = torch.where(shares > 0, log_joint, 0.0)  # log p may be −∞ where nothing weighs
@@ -147,16 +152,32 @@ def _derivatives(
     for vector in directions.vectors:
         pairs = zip(gradients, directions.split(vector), strict=True)
         moved = [(g * part).sum() for g, part in pairs if g is not None and bool(part.any())]
-        total = torch.stack(moved).sum() if moved else None
-        if total is None or not total.requires_grad:
+        total = torch.stack(moved).sum() if moved else weights.new_zeros(())
+        if not total.requires_grad and float(total.detach()) != 0:
+            raise _not_twice("a gradient does not depend on what it was taken of")
+        if not total.requires_grad:
             slopes.append(torch.zeros_like(weights, requires_grad=False))
             curvature.append(torch.zeros_like(directions.vectors[:, 0]))
             continue
-        slope, *seconds = torch.autograd.grad(
-            total, [weights, *leaves], retain_graph=True, allow_unused=True
-        )
+        slope, *seconds = _second(total, [weights, *leaves])
         slopes.append(torch.zeros_like(weights) if slope is None else slope)
         curvature.append(-directions.along(seconds))
     stacked = torch.stack([slope.detach() for slope in slopes], -1).to(directions.vectors)
     matrix = torch.stack(curvature)
     return stacked, (matrix + matrix.T) / 2
+
+
+def _second(total: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _not_twice(str(error)) from error
+
+
+def _not_twice(reason: str) -> NotTwiceDifferentiableError:
+    return NotTwiceDifferentiableError(
+        "the model's log density must be twice differentiable in its parameters, and torch says: "
+        f"{reason}"
+    )

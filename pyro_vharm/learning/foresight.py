@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-import torch
-
 from pyro_vharm.inference.choice import Choice
 from pyro_vharm.inference.evidence import estimate_evidence
 from pyro_vharm.model.minibatches import cut_units
@@ -14,7 +12,7 @@ from pyro_vharm.model.problem import Problem
 
 __all__ = ["foresee_evidence", "spoken", "timed"]
 
-_FEW_UNITS = 20
+_FEW, _MORE = 20, 100  # units
 _MINUTE = 60.0
 
 
@@ -27,15 +25,20 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def foresee_evidence(problem: Problem, choice: Choice) -> float:
-    """Seconds for the log evidence of all units, from that of up to twenty; as if linear in units.
+    """Seconds for the log evidence of all units, on a line through those of a few and some more.
 
     The units are those of the first batch, where it can be cut. Random numbers are used up.
     """
-    part = cut_units(problem.densities[0], _FEW_UNITS)[0]
+    few, more = (cut_units(problem.densities[0], size)[0] for size in (_FEW, _MORE))
     begun = time.perf_counter()
-    with torch.no_grad():
-        estimate_evidence([part], choice)
-    return (time.perf_counter() - begun) * problem.num_units / part.num_units
+    estimate_evidence([few], choice)
+    least = time.perf_counter() - begun
+    if more.num_units == few.num_units:
+        return least * problem.num_units / few.num_units
+    begun = time.perf_counter()
+    estimate_evidence([more], choice)
+    each = max(time.perf_counter() - begun - least, 0.0) / (more.num_units - few.num_units)
+    return least * len(problem.densities) + each * problem.num_units
 
 
 def spoken(stages: Mapping[str, float]) -> str:
