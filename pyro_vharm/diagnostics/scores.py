@@ -153,13 +153,9 @@ def _derivatives(
         pairs = zip(gradients, directions.split(vector), strict=True)
         moved = [(g * part).sum() for g, part in pairs if g is not None and bool(part.any())]
         total = torch.stack(moved).sum() if moved else weights.new_zeros(())
-        if not total.requires_grad and float(total.detach()) != 0:
-            raise _not_twice("a gradient does not depend on what it was taken of")
-        if not total.requires_grad:
-            slopes.append(torch.zeros_like(weights, requires_grad=False))
-            curvature.append(torch.zeros_like(directions.vectors[:, 0]))
-            continue
         slope, *seconds = _second(total, [weights, *leaves])
+        if slope is None and float(total.detach()) != 0:
+            raise _not_twice("a gradient does not depend on what it was taken of")
         slopes.append(torch.zeros_like(weights) if slope is None else slope)
         curvature.append(-directions.along(seconds))
     stacked = torch.stack([slope.detach() for slope in slopes], -1).to(directions.vectors)
@@ -168,6 +164,8 @@ def _derivatives(
 
 
 def _second(total: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    if not total.requires_grad:
+        return [None] * len(leaves)
     try:
         return torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
     except torch.cuda.OutOfMemoryError:
