@@ -143,7 +143,14 @@ def audit(
         if learns is not None:
             known, journal = _near(problem, local), Journal()
             found = train_reference(
-                problem, learns, start, fresh, journal=journal, progress=progress, known=known
+                problem,
+                learns,
+                start,
+                fresh,
+                journal=journal,
+                progress=progress,
+                known=known,
+                heldout=held,
             )
         else:
             found = _given(problem, reference, learner, progress)
@@ -186,7 +193,7 @@ def _near(problem: Problem, local: LocalHarm | None) -> dict[str, Mapping[str, T
     if local is None:
         return {}
     values = problem.model_parameters.unconstrain(local.best.parameters, "local")
-    return {f"near θ̂, {local.best.name}": values}
+    return {f"near θ̂: {local.best.name}": values}
 
 
 def _announce(

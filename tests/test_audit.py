@@ -1,5 +1,7 @@
 """The audit as a chain: what each part adds, what it says first, and which change it advises."""
 
+import dataclasses
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,6 +13,7 @@ from benchmarks.continuous_models import sign_symmetric
 from benchmarks.discrete_models import collapsed_mixture, noisy_or
 from pyro_vharm import auditing
 from pyro_vharm.diagnostics.causes import foresee_changes
+from pyro_vharm.diagnostics.verdict import judge
 from pyro_vharm.learning.foresight import spoken
 from pyro_vharm.learning.learners import ClimbingLearner
 from pyro_vharm.model.problem import prepare
@@ -106,7 +109,7 @@ def test_the_reference_is_not_short_of_what_is_near():
         progress=False,
     )
     assert audit.harm.harm.value == pytest.approx(audit.local.best.gain.value, abs=1e-6)
-    assert any(attempt.name.startswith("near θ̂") for attempt in audit.reference.attempts)
+    assert any(attempt.name.startswith("near θ̂:") for attempt in audit.reference.attempts)
 
 
 def test_where_no_harm_is_found_the_blind_spots_are_named():
@@ -179,6 +182,39 @@ def test_bad_budgets_are_refused():
         vh.audit(harmed.model, harmed.guide, harmed.data, num_em_steps=-1)
     with pytest.raises(vh.InputError, match="num_steps must be at least 1"):
         vh.audit(harmed.model, harmed.guide, harmed.data, objective=Trace_ELBO(), num_steps=0)
+
+
+def test_attempts_are_told_apart_on_held_out_data():
+    """The reference is best in training; another that is better on held-out units is named."""
+    harmed = noisy_or(40)
+    harmed.install()
+    learner = vh.ExpectationMaximization(guide_training=vh.GuideTraining(0))
+    audit = vh.audit(
+        harmed.model,
+        harmed.guide,
+        harmed.data,
+        heldout=(harmed.data[0][:15],),
+        learner=learner,
+        material=0.1,
+        refit=QUICK,
+        progress=False,
+    )
+    attempts = audit.reference.attempts
+    assert all(attempt.heldout.num_units == 15 for attempt in attempts)
+    learned = float(attempts[0].heldout.values.sum())
+    assert learned == pytest.approx(audit.harm.heldout.learned.per_unit.total().value, abs=1e-6)
+    ahead = torch.linspace(0.5, 1.0, 15, dtype=torch.float64)
+    best = max(attempts, key=lambda attempt: attempt.log_evidence.value)
+    other = next(attempt for attempt in attempts if attempt is not best)
+    better = dataclasses.replace(best.heldout, values=best.heldout.values + ahead)
+    known = (best, dataclasses.replace(other, name="other", heldout=better))
+    reference = dataclasses.replace(audit.reference, attempts=known)
+    found, lead = reference.best_heldout
+    assert found.name == "other"
+    assert lead.value == pytest.approx(float(ahead.sum()))
+    assert lead.sampling_error == pytest.approx(float(ahead.std()) * 15**0.5, rel=1e-6)
+    told = judge(dataclasses.replace(audit.harm, reference=reference), 0.1)
+    assert "There other is better than the reference, by 0.750" in str(told).replace("\n    ", " ")
 
 
 class Once(torch.autograd.Function):

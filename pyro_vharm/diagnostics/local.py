@@ -234,8 +234,8 @@ def _pulled(harm: LocalHarm) -> list[str]:
             "not trained to convergence; train on before the rest is called harm."
         ]
     return [
-        f"The guide holds the model where it is: the ELBO's gradient is next to nothing "
-        f"({_shown(left)} nats) where that of the log evidence is not."
+        f"The guide holds the model where it is: the ELBO's own gradient points to {_shown(left)} "
+        f"nats, that of the log evidence to {_shown(harm.predicted)}."
     ]
 
 

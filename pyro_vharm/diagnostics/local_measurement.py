@@ -43,6 +43,7 @@ __all__ = ["local_harm", "measure_local_harm"]
 
 _LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 64, 2048, 2**18
 _GUIDE_DRAWS = 4  # for each particle
+_STAYED = "at θ̂ itself"
 _NEXT_TO_NOTHING = 0.1  # of information, for a move by a parameter's own size
 
 
@@ -150,7 +151,8 @@ def measure_local_harm(
     along, begun = _along(problem, learned, choice, directions, lines, progress)
     values, done = climb_by_em(problem, begun, num_em_steps)
     steps = "1 EM step" if done == 1 else f"{done} EM steps"
-    after = _point(problem, learned, choice, values, f"after {steps} from there", progress)
+    where = "from θ̂" if along.name == _STAYED else "from there"
+    after = _point(problem, learned, choice, values, f"after {steps} {where}", progress)
     every = directions.size == sum(leaf.numel() for leaf in theta.trainable())
     return LocalHarm(
         predicted=_estimate(prediction, scores, problem),
@@ -207,7 +209,7 @@ def _along(
     """The best point along the lines."""
     theta = problem.model_parameters
     end = search_lines(problem, [_named(theta, directions, line) for _, line in lines])
-    name = f"{end.length:g} × {lines[end.line][0]} from θ̂" if end.length else "at θ̂ itself"
+    name = f"{end.length:g} × {lines[end.line][0]} from θ̂" if end.length else _STAYED
     return _point(problem, learned, choice, end.values, name, progress), end.values
 
 

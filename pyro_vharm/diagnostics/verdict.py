@@ -71,6 +71,7 @@ def judge(
     sentences = [sentence, _tried(harm)]
     if harm.heldout_harm is not None:
         sentences.append(_heldout(harm.heldout_harm))
+        sentences += _better_heldout(harm)
     if outcome == "harm":
         sentences += find_causes(harm)
         sentences += [] if reachability is None else reachability.sentences()
@@ -186,6 +187,21 @@ def _visible(harm: LearningHarm) -> str:
 def _tried(harm: LearningHarm) -> str:
     tried = "; ".join(map(str, harm.reference.attempts))
     return f"Relative to the best of what was tried: {tried}."
+
+
+def _better_heldout(harm: LearningHarm) -> list[str]:
+    """Another attempt that generalises better, beyond its errors."""
+    found = harm.reference.best_heldout
+    if found is None:
+        return []
+    attempt, lead = found[0], found[1].per_unit
+    error = math.hypot(lead.mc_error, lead.sampling_error or 0.0)
+    if lead.value <= 2 * error:
+        return []
+    return [
+        f"There {attempt.name} is better than the reference, by {nats(lead.value)} ± "
+        f"{nats(error)} nats per unit (by quick looks). learn_reference with that learner keeps it."
+    ]
 
 
 def _heldout_is_worse(heldout: Estimate) -> bool:

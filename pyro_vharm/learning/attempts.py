@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,7 @@ from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.history import Checkpoint, History
 from pyro_vharm.learning.journal import Journal
 from pyro_vharm.learning.learners import Learner
-from pyro_vharm.learning.learning_run import LearningRun, Values, watch
+from pyro_vharm.learning.learning_run import LearningRun, Values, watch, watch_units
 from pyro_vharm.learning.reference import Attempt, Reference
 from pyro_vharm.learning.starts import Fresh, Start, Starting, find_starts
 from pyro_vharm.model.problem import Problem
@@ -34,10 +34,12 @@ def train_reference(
     journal: Journal,
     progress: bool,
     known: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
+    heldout: Problem | None = None,
 ) -> Reference:
     """`learn_reference` for a problem that is prepared, without bounds; its θ and φ stay.
 
-    Values of θ that are `known` by some other way, unconstrained, are candidates too.
+    Values of θ that are `known` by some other way, unconstrained, are candidates too. The best on
+    the training data is taken; what each reaches on held-out data is told beside.
     """
     if not problem.model_parameters.leaves:
         raise InputError(
@@ -61,6 +63,8 @@ def train_reference(
             failures.append((failed, error))
     if len(found) == 1 + len(known):
         raise failures[0][1]
+    if heldout is not None:
+        found = [_looked_at(c, problem, heldout, journal, i) for i, c in enumerate(found)]
     best = max(found, key=lambda candidate: candidate.log_evidence.value)
     guide_values = _retrain(problem, learner.guide_training, best.values, journal, progress)
     return Reference(
@@ -116,6 +120,16 @@ def _as_known(
     with theta.at(values):
         evidence = watch(problem, journal, name)
         return _Candidate(Attempt(name, evidence), evidence, Values(theta.values(), phi.values()))
+
+
+def _looked_at(
+    candidate: _Candidate, problem: Problem, heldout: Problem, journal: Journal, number: int
+) -> _Candidate:
+    """The same with its log evidence of held-out units."""
+    theta, phi = problem.model_parameters, problem.guide_parameters
+    with theta.at(candidate.values.model), phi.at(candidate.values.guide):
+        per_unit = watch_units(heldout, journal, f"heldout-{number}")
+    return replace(candidate, attempt=replace(candidate.attempt, heldout=per_unit))
 
 
 def _attempt(begun: Start, learner: Learner, journal: Journal, progress: bool) -> _Candidate:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vharm.estimates import Estimate, Kind
+from pyro_vharm.estimates import Estimate, Kind, UnitEstimates
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.choice import Choice, choose_method
 from pyro_vharm.inference.evidence import estimate_evidence
@@ -22,7 +22,7 @@ from pyro_vharm.model.minibatches import cut_units
 from pyro_vharm.model.problem import Problem
 from pyro_vharm.model.snapshots import live_tensors
 
-__all__ = ["Ending", "LearningRun", "Values", "is_higher", "quick_choice", "watch"]
+__all__ = ["Ending", "LearningRun", "Values", "is_higher", "quick_choice", "watch", "watch_units"]
 
 _LEAST_GAIN = 0.05
 _PROBED_BATCHES = 20
@@ -172,12 +172,26 @@ def watch(problem: Problem, journal: Journal, name: str) -> Estimate:
     """Log evidence as a learner left it, to choose between attempts and for nothing else."""
 
     def look() -> Mapping[str, Any]:
-        choice = quick_choice(problem, _WATCHING)
-        found = estimate_evidence(problem.densities, choice).per_unit.total()
+        found = _quick_look(problem).total()
         return {"value": found.value, "error": found.mc_error, "kind": int(found.kind)}
 
     found = journal.once(name, look)
     return Estimate(found["value"], found["error"], problem.num_units, Kind(found["kind"]))
+
+
+def watch_units(problem: Problem, journal: Journal, name: str) -> UnitEstimates:
+    """The same for each unit."""
+
+    def look() -> Mapping[str, Any]:
+        found = _quick_look(problem)
+        return {"values": found.values, "errors": found.errors, "kind": int(found.kind)}
+
+    found = journal.once(name, look)
+    return UnitEstimates(found["values"], found["errors"], Kind(found["kind"]))
+
+
+def _quick_look(problem: Problem) -> UnitEstimates:
+    return estimate_evidence(problem.densities, quick_choice(problem, _WATCHING)).per_unit
 
 
 def quick_choice(problem: Problem, num_particles: int) -> Choice:

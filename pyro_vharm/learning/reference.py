@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyro_vharm.estimates import Estimate
+from pyro_vharm.estimates import Estimate, UnitEstimates
 from pyro_vharm.learning.evidence_pair import EvidencePair, bounds_table
 from pyro_vharm.learning.history import History
 from pyro_vharm.model.observed import unit_data
@@ -29,17 +30,22 @@ class Attempt:
             for parameters handed in, which nothing competes with, and where learning failed.
         ending: how it ended, in words.
         num_steps: gradient steps, iterations or EM steps.
+        heldout: what it reached on each unit of held-out data, by a quick look; ``None`` without.
     """
 
     name: str
     log_evidence: Estimate | None
     ending: str = ""
     num_steps: int = 0
+    heldout: UnitEstimates | None = None
 
     def __str__(self) -> str:
         if self.log_evidence is None:
             return f"{self.name} ({self.ending})" if self.ending else self.name
-        return f"{self.name} (log evidence {self.log_evidence})"
+        held = ""
+        if self.heldout is not None:
+            held = f"; held out {self.heldout.total().per_unit.value:.4f} per unit"
+        return f"{self.name} (log evidence {self.log_evidence}{held})"
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,21 @@ class Reference:
         """The training data of each unit by names of the model's arguments, if not too large."""
         return unit_data(self._problem)
 
+    @property
+    def best_heldout(self) -> tuple[Attempt, Estimate] | None:
+        """The attempt that did best on held-out data, and its lead there on the reference.
+
+        The lead is paired by unit; its errors are those of quick looks. ``None`` where nothing was
+        held out, or the reference is the best there too.
+        """
+        looked = [a for a in self.attempts if a.heldout is not None and a.log_evidence is not None]
+        if not looked:
+            return None
+        chosen = max(looked, key=lambda a: a.log_evidence.value if a.log_evidence else -math.inf)
+        leads = {a.name: _lead(a, chosen) for a in looked}
+        best = max(looked, key=lambda a: leads[a.name].value)
+        return None if best is chosen else (best, leads[best.name])
+
     def apply(self) -> None:
         """Set the user's model to θ_ref and the guide to the one retrained there, in place."""
         problem = self._problem
@@ -106,3 +127,8 @@ class Reference:
 
     def _repr_html_(self) -> str:
         return html_table(str(self))
+
+
+def _lead(first: Attempt, second: Attempt) -> Estimate:
+    assert first.heldout is not None and second.heldout is not None, "both were looked at"
+    return (first.heldout - second.heldout).heldout_total()

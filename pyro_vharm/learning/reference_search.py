@@ -103,6 +103,7 @@ def learn_reference(
             fresh,
             journal=open_journal(checkpoint, settings),
             progress=progress,
+            heldout=held,
         )
         found = replace(found, notes=(*found.notes, *notes))
         return _with_evidence(found, problem, held, choice, progress)
