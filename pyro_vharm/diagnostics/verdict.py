@@ -13,7 +13,7 @@ from pyro_vharm.diagnostics.causes import find_causes, foresee_changes
 from pyro_vharm.diagnostics.harm import LearningHarm
 from pyro_vharm.diagnostics.local import LocalHarm
 from pyro_vharm.diagnostics.pull import Reachability
-from pyro_vharm.estimates import Estimate
+from pyro_vharm.estimates import Bound, Estimate
 from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.tables import nats
 
@@ -61,11 +61,12 @@ def judge(
 ) -> Verdict:
     """Judge the training data's harm against the least total that matters.
 
-    *Harm* if its 95 % lower bound exceeds `material`; *no harm found* if its upper bound stays
-    below; otherwise, and where the reference is worse than what was learned, *undecided*. Without
-    an upper bound the estimate plus two standard errors stands in, if every unit's effective
-    sample size is at least half its particles. No harm found is a statement about the learners
-    and starts that were tried, never about θ*.
+    *Harm* if a 95 % lower bound exceeds `material`; *no harm found* if an upper bound stays below;
+    otherwise, and where the reference is worse than what was learned, *undecided*. A bound is one
+    that holds by itself; or, where a second method confirms both log evidences, the estimate less
+    or plus 1.645 standard errors, which is closer. Without either, the estimate plus two standard
+    errors stands in above, if every unit's effective sample size is at least half its particles. No
+    harm found is a statement about the learners and starts that were tried, never about θ*.
     """
     outcome, sentence = _outcome(harm, material)
     sentences = [sentence, _tried(harm)]
@@ -101,7 +102,7 @@ def _keep(harm: LearningHarm) -> str:
 
 
 def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
-    estimate, lower, upper = harm.harm, harm.train.lower(), harm.train.upper()
+    estimate, upper, lower = harm.harm, harm.train.upper(), _highest_lower(harm)
     shown = f"{_shown(estimate)} nats in total on the training data"
     contradicted = _contradicted(harm)
     if contradicted:
@@ -129,12 +130,20 @@ def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
         grounds = "the method has no upper bound on the log evidence as learned"
         mend = "Use AnnealedImportanceSampling, or Quadrature."
     else:
-        grounds = f"the lower bound is {nats(lower.value, 2)}"
+        most = "" if limit is None else f" and at most {nats(limit, 2)}"
+        grounds = f"only by at least {nats(lower.value, 2)}{most} at 95 %"
         mend = "More particles, temperatures or nodes would narrow it."
     return "undecided", (
         f"The reference is better by {shown}, but {grounds}, so harm of {material:g} nats can be "
         f"neither shown nor ruled out. {mend}"
     )
+
+
+def _highest_lower(harm: LearningHarm) -> Bound | None:
+    """The bound that holds by itself, or by the standard error of confirmed estimates."""
+    found = (harm.train.lower(), harm.train.by_error("lower"))
+    known = [bound for bound in found if bound is not None]
+    return max(known, key=lambda bound: bound.value) if known else None
 
 
 def _contradicted(harm: LearningHarm) -> str:
@@ -150,9 +159,11 @@ def _contradicted(harm: LearningHarm) -> str:
 
 
 def _limit(harm: LearningHarm) -> float | None:
-    upper = harm.train.upper()
-    if upper is not None:
-        return upper.value
+    """The most that the reference can be better by."""
+    found = (harm.train.upper(), harm.train.by_error("upper"))
+    known = [bound.value for bound in found if bound is not None]
+    if known:
+        return min(known)
     pair = (harm.train.learned, harm.train.reference)
     if any(float(e.effective_sizes.min()) < e.num_particles / 2 for e in pair):
         return None

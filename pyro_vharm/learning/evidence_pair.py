@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pyro_vharm.estimates import Bound, UnitEstimates
+from scipy.stats import norm
+
+from pyro_vharm.estimates import Bound, Kind, UnitEstimates
 from pyro_vharm.inference.evidence import Evidence
 from pyro_vharm.tables import nats, text_table
 
@@ -42,6 +44,19 @@ class EvidencePair:
         """An upper bound on ℓ(θ_ref) − ℓ(θ̂): harm above it would have been seen."""
         above, below = self.reference.upper(delta / 2), self.learned.lower(delta / 2)
         return None if above is None else _difference(above, below, "upper")
+
+    def by_error(self, side: Literal["lower", "upper"], delta: float = 0.05) -> Bound | None:
+        """The estimate less or plus a normal quantile of its standard error: estimated, not proved.
+
+        Far closer than the bounds above, which pay for holding without such an assumption.
+        ``None`` unless both estimates are confirmed, see `Evidence.standing`.
+        """
+        if not all(e.standing == "confirmed" for e in (self.learned, self.reference)):
+            return None
+        total = self.harm.total()
+        reach = float(norm.isf(delta)) * total.mc_error
+        value = total.value + (reach if side == "upper" else -reach)
+        return Bound(value, side, max(total.kind, Kind.ESTIMATED), 1 - delta)
 
 
 def _difference(first: Bound, second: Bound, side: Literal["lower", "upper"]) -> Bound:
