@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibration_runs import MEASUREMENTS, Run, measure_all, read_lines
-from benchmarks.calibration_tables import Table, hard, is_within, nulls, positives, power
+from benchmarks.calibration_tables import (
+    Table,
+    hard,
+    is_within,
+    near,
+    nulls,
+    positives,
+    power,
+)
 from benchmarks.controls import CONTROLS
 from benchmarks.tables import markdown_table
 
@@ -26,6 +34,7 @@ _TITLES = {
     "nulls": "Null controls: nothing may be found",
     "positives": "Positive controls, within 5 % or 0.05 nats",
     "power": "Power",
+    "near": "What shows near θ̂, without learning anew",
     "hard": "The visible gap misleads",
 }
 
@@ -43,7 +52,7 @@ def _runs(controls: Sequence[str], seeds: int | None, only: str | None) -> list[
 
 
 def _tables(lines: Sequence[dict[str, Any]]) -> dict[str, Table]:
-    made = {"nulls": nulls, "positives": positives, "power": power, "hard": hard}
+    made = {"nulls": nulls, "positives": positives, "power": power, "near": near, "hard": hard}
     return {name: function(lines) for name, function in made.items()}
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "excess_p_value",
     "hard",
     "is_within",
+    "near",
     "nulls",
     "positives",
     "power",
@@ -47,6 +48,15 @@ def is_within(value: float, truth: float) -> bool:
 
 def _has_false_bound(line: Line) -> bool:
     return line["lower"] is not None and line["lower"] > line["harm"] + _TOLERANCE
+
+
+def _is_seen(line: Line) -> bool:
+    return bool(line["predicted"] > 2 * line["predicted_error"] + _TOLERANCE)
+
+
+def _has_false_near_bound(line: Line) -> bool:
+    lower = line["near_lower"]
+    return lower is not None and lower > line["harm"] + _TOLERANCE
 
 
 def _is_overstated(line: Line) -> bool:
@@ -156,6 +166,32 @@ def power(lines: Iterable[Line]) -> Table:
                 str(sum(line["outcome"] == "harm" for line in group)),
                 str(len(material)),
                 str(sum(line["outcome"] == "harm" for line in material)),
+            ])  # fmt: skip
+    return header, rows
+
+
+def near(lines: Iterable[Line]) -> Table:
+    """What `local_harm` foretells and gains near θ̂, beside the true harm."""
+    header = [
+        "control", "measured", "data sets", "prediction within a factor of two",
+        "median of gained over true", "seen, beyond 2 s.e.", "false lower bounds",
+    ]  # fmt: skip
+    lines = [line for line in lines if "near" in line]
+    rows = []
+    for role in ("null", "positive", "hard"):
+        for (control, measurement), group in _groups(lines, role).items():
+            harmed = [line for line in group if line["harm"] > _ABSOLUTE]
+            good = sum(0.5 < line["predicted"] / line["harm"] < 2 for line in harmed)
+            gained = [line["near"] / line["harm"] for line in harmed]
+            seen = sum(map(_is_seen, group))
+            rows.append([
+                control,
+                measurement,
+                str(len(group)),
+                f"{good} of {len(harmed)}" if harmed else "",
+                f"{median(gained):.2f}" if harmed else "",
+                str(seen),
+                _tested(group, _has_false_near_bound),
             ])  # fmt: skip
     return header, rows
 

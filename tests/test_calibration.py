@@ -18,6 +18,7 @@ from benchmarks.calibration_tables import (
     excess_p_value,
     hard,
     is_within,
+    near,
     nulls,
     positives,
     power,
@@ -257,6 +258,16 @@ def test_what_shows_near_is_kept_beside():
     assert 0 < line["predicted"] < 2 * line["harm"]
     assert 0.5 * line["harm"] < line["near_lower"] <= line["harm"] + 1e-6
     assert line["near"] <= line["harm"] + 1e-6
+
+
+def test_the_table_of_what_shows_near_counts_false_bounds():
+    line = measure(Run("mixture, hard assignment", 0, "exact"))
+    shifted = {**line, "near_lower": line["harm"] + 1.0, "predicted": 5 * line["harm"]}
+    header, rows = near([line, shifted])
+    (row,) = rows
+    told = dict(zip(header, row, strict=True))
+    assert told["false lower bounds"].startswith("1 ")
+    assert told["prediction within a factor of two"] == "1 of 2"
 
 
 @pytest.mark.parametrize("seed", [0, 1])
