@@ -75,8 +75,9 @@ def foresee_changes(harm: LearningHarm, reachability: Reachability | None) -> li
 
     With `reachability` each has its own part of the harm: what training on gains; what the same
     training gains from another start, if its objective prefers that end; and the pull. Without, the
-    whole harm is put down to what the excess shows: the optimiser where the ELBO is higher at the
-    reference with the guide as it is; else the encoder, where it is with q free; else the family.
+    harm is put down in proportion to what the excess shows: to the optimiser as far as the ELBO is
+    higher at the reference with the guide retrained, to the encoder as far as q free per unit adds
+    to that, and to the family where it is no higher.
     """
     changes = _apart(harm, reachability) if reachability is not None else _by_excess(harm)
     return sorted(changes, key=lambda change: -change.gain)
@@ -95,10 +96,20 @@ def _apart(harm: LearningHarm, found: Reachability) -> Iterator[Change]:
 
 
 def _by_excess(harm: LearningHarm) -> Iterator[Change]:
-    if _is_seen(harm.excess_retrained):
-        yield Change("train longer, or from several starts", harm.harm.value)
-    else:
-        yield Change(_guide_advice(harm), harm.harm.value)
+    """The harm, put down to optimiser and encoder as the excess is; else to the family."""
+    total, retrained = harm.harm.value, _beyond_error(harm.excess_retrained)
+    most = max(_beyond_error(harm.excess_refitted), retrained)
+    if most == 0:
+        yield Change(_guide_advice(harm), total)
+        return
+    if retrained > 0:
+        yield Change("train longer, or from several starts", total * retrained / most)
+    if most > retrained:
+        yield Change(_guide_advice(harm), total * (1 - retrained / most))
+
+
+def _beyond_error(estimate: Estimate | None) -> float:
+    return estimate.value if estimate is not None and _is_seen(estimate) else 0.0
 
 
 def _guide_advice(harm: LearningHarm) -> str:
