@@ -179,7 +179,7 @@ def _difference(last: Estimate, first: Estimate) -> Estimate:
 
 
 def _table(title: str, parts: Mapping[int, GapParts], num_units: int) -> str:
-    names = ["log evidence", "gap G", "approximation A", "± mc", "G − A"]
+    names = ["log evidence", "gap G", "approx. A", "± mc", "G − A"]
     rows = [
         [
             str(step),
