@@ -262,6 +262,7 @@ def test_what_shows_near_is_kept_beside():
 
 def test_the_table_of_what_shows_near_counts_false_bounds():
     line = measure(Run("mixture, hard assignment", 0, "exact"))
+    line["predicted"] = 1.5 * line["harm"]
     shifted = {**line, "near_lower": line["harm"] + 1.0, "predicted": 5 * line["harm"]}
     header, rows = near([line, shifted])
     (row,) = rows

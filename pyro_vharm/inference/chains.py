@@ -309,8 +309,8 @@ def convergence(series: Tensor) -> Convergence:
     convergence of MCMC", Vehtari, Gelman, Simpson, Carpenter, Bürkner (2021).
 
     >>> stuck = torch.tensor([1.0, 2.0])[:, None].expand(2, 50)
-    >>> convergence(torch.stack([torch.randn(2, 50), stuck])).sizes[1]
-    tensor(0., dtype=torch.float64)
+    >>> float(convergence(torch.stack([torch.randn(2, 50), stuck])).sizes[1])
+    0.0
     """
     per_pass = max(_VALUES_PER_PASS // series[0].numel(), 1)
     parts = [_convergence(part.double()) for part in series.split(per_pass)]
