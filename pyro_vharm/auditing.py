@@ -132,14 +132,8 @@ def audit(
         if progress:
             _announce(problem, chosen, learns, num_em_steps, own)
         gap = measure_gap(problem, chosen, refit, progress=progress)
-        local = None
-        if num_em_steps and problem.model_parameters.trainable():
-            try:
-                local = measure_local_harm(
-                    problem, gap.evidence, chosen, None, num_em_steps, progress=progress
-                )
-            except NotTwiceDifferentiableError as error:
-                notes = (*notes, f"Nothing is known of what shows near θ̂: {error}.")
+        local, missed = _look_near(problem, gap, chosen, num_em_steps, progress)
+        notes = (*notes, *missed)
         if learns is not None:
             known, journal = _near(problem, local), Journal()
             found = train_reference(
@@ -161,6 +155,21 @@ def audit(
         least = material_harm(problem.model_parameters, problem.num_units)
         verdict = judge(harm, least if material is None else material, local, reach)
         return Audit(gap, harm, verdict, settings, local, reach)
+
+
+def _look_near(
+    problem: Problem, gap: InferenceGap, choice: Choice, num_em_steps: int, progress: bool
+) -> tuple[LocalHarm | None, tuple[str, ...]]:
+    """What shows near θ̂, if it is asked for and can be had; and a note where it cannot."""
+    if not num_em_steps or not problem.model_parameters.trainable():
+        return None, ()
+    try:
+        found = measure_local_harm(
+            problem, gap.evidence, choice, None, num_em_steps, progress=progress
+        )
+    except NotTwiceDifferentiableError as error:
+        return None, (f"Nothing is known of what shows near θ̂: {error}.",)
+    return found, ()
 
 
 def _given(

@@ -83,6 +83,11 @@ class Estimate:
             self, value=self.value * scale, mc_error=self.mc_error * scale, sampling_error=sampling
         )
 
+    @property
+    def is_seen(self) -> bool:
+        """Whether it is above 0 by more than two standard errors of our random numbers."""
+        return self.value > 2 * self.mc_error
+
     def __str__(self) -> str:
         return f"{self.value:.3f} ± {self.mc_error:.3f}"
 

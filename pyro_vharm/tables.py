@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-__all__ = ["html_table", "nats", "text_table"]
+from pyro_vharm.estimates import Estimate
+
+__all__ = ["html_table", "nats", "shown", "text_table"]
 
 
 def nats(value: float, digits: int = 3) -> str:
@@ -16,6 +18,11 @@ def nats(value: float, digits: int = 3) -> str:
     """
     shown = f"{value:.{digits}f}"
     return shown.lstrip("-") if not shown.strip("-0.") else shown
+
+
+def shown(estimate: Estimate, digits: int = 2) -> str:
+    """A number with its Monte Carlo standard error, both to fixed digits."""
+    return f"{nats(estimate.value, digits)} ± {nats(estimate.mc_error, digits)}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pyro_vharm.diagnostics.harm import LearningHarm
 from pyro_vharm.diagnostics.pull import Reachability
 from pyro_vharm.estimates import Estimate
-from pyro_vharm.tables import nats
+from pyro_vharm.tables import nats, shown
 
 __all__ = ["Change", "find_causes", "foresee_changes"]
 
@@ -29,15 +29,15 @@ def find_causes(harm: LearningHarm) -> list[str]:
     """What the excess says of the optimiser, the encoder and the family, in sentences."""
     causes = []
     retrained, refitted = harm.excess_retrained, harm.excess_refitted
-    if _is_seen(retrained):
+    if retrained is not None and retrained.is_seen:
         causes.append(
             "The optimiser has a share: the ELBO itself is higher at the reference with the same "
-            f"guide retrained there, by {_shown(retrained)} nats, so it was not maximised."
+            f"guide retrained there, by {shown(retrained)} nats, so it was not maximised."
         )
-    if _is_seen(refitted):
+    if refitted is not None and refitted.is_seen:
         causes.append(
             "The family alone does not explain the harm: with q refitted to each unit at both "
-            f"ends the ELBO prefers the reference, by {_shown(refitted)} nats.{_encoder(harm)}"
+            f"ends the ELBO prefers the reference, by {shown(refitted)} nats.{_encoder(harm)}"
         )
     return causes or [_family(harm)]
 
@@ -46,7 +46,7 @@ def _encoder(harm: LearningHarm) -> str:
     amortization = harm.learned.amortization
     if amortization is None or not _is_seen(amortization.total()):
         return ""
-    return f" The encoder costs {_shown(amortization.total())} nats as trained."
+    return f" The encoder costs {shown(amortization.total())} nats as trained."
 
 
 def _family(harm: LearningHarm) -> str:
@@ -63,7 +63,7 @@ def _family(harm: LearningHarm) -> str:
         )
     reach, gap = harm.reachability.total(), visible.total()
     return (
-        f"The family is {_shown(reach)} nats from the reference's posteriors and {_shown(gap)} "
+        f"The family is {shown(reach)} nats from the reference's posteriors and {shown(gap)} "
         f"from the learned ones, so the ELBO is lower at the reference, by "
         f"{nats(-harm.excess.value, 2)} nats. A family that bends the model looks like this; it is "
         "no proof, as other maxima of the ELBO were not searched for."
@@ -124,8 +124,4 @@ def _guide_advice(harm: LearningHarm) -> str:
 
 
 def _is_seen(estimate: Estimate | None) -> bool:
-    return estimate is not None and estimate.value > 2 * estimate.mc_error
-
-
-def _shown(estimate: Estimate | None) -> str:
-    return "" if estimate is None else f"{nats(estimate.value, 2)} ± {nats(estimate.mc_error, 2)}"
+    return estimate is not None and estimate.is_seen

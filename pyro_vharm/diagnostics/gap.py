@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pyro_vharm.diagnostics.activity import ActiveUnits, check_threshold, measure_activity
 from pyro_vharm.errors import InputError
-from pyro_vharm.estimates import Estimate, UnitEstimates
+from pyro_vharm.estimates import UnitEstimates
 from pyro_vharm.inference.agreement import Confirmation
 from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
 from pyro_vharm.inference.evidence import Evidence, estimate_evidence
@@ -18,7 +18,7 @@ from pyro_vharm.model.data import Data
 from pyro_vharm.model.problem import Problem, prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
-from pyro_vharm.tables import html_table, nats, text_table
+from pyro_vharm.tables import html_table, nats, shown, text_table
 
 __all__ = ["InferenceGap", "inference_gap", "measure_gap"]
 
@@ -96,7 +96,7 @@ class InferenceGap:
         for name in self.families:
             gap, gain = self.family_gap(name).total(), self.family_gain(name)
             numbers = nats(gap.value), nats(gap.mc_error), nats(gap.per_unit.value, 4)
-            change = "unknown" if gain is None else _with_error(gain.total())
+            change = "unknown" if gain is None else shown(gain.total(), 3)
             rows.append([f"  {name}", *numbers, change])
         header = ["gap of a family for each unit", "total", "mc error", "per unit", "gain on guide"]
         note = (
@@ -125,10 +125,6 @@ class InferenceGap:
 
     def _repr_html_(self) -> str:
         return html_table(str(self))
-
-
-def _with_error(estimate: Estimate) -> str:
-    return f"{nats(estimate.value)} ± {nats(estimate.mc_error)}"
 
 
 def inference_gap(

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vharm.diagnostics.shifts import Shift
 from pyro_vharm.estimates import Bound, Estimate
 from pyro_vharm.learning.evidence_pair import EvidencePair
-from pyro_vharm.tables import html_table, nats, text_table
+from pyro_vharm.tables import html_table, nats, shown, text_table
 
 __all__ = ["LocalHarm", "LocalPoint", "Surroundings"]
 
@@ -118,7 +118,7 @@ class LocalHarm:
     @property
     def is_seen(self) -> bool:
         """Whether the score is beyond its noise."""
-        return _is_seen(self.predicted) or _is_seen(self.slope)
+        return self.predicted.is_seen or self.slope.is_seen
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ class LocalHarm:
         count = self.predicted.num_units
         title = "local harm, " + ("one joint unit" if count == 1 else f"{count} units")
         rows = [_row("predicted by the score", self.predicted)]
-        if _is_seen(self.slope):
+        if self.slope.is_seen:
             rows.append(_row("more where ℓ hardly curves, at least", self.slope))
         if self.unconverged is not None:
             rows.append(_row("same, by the ELBO's own gradient", self.unconverged))
@@ -152,10 +152,6 @@ class LocalHarm:
 
     def _repr_html_(self) -> str:
         return html_table(str(self))
-
-
-def _is_seen(estimate: Estimate) -> bool:
-    return estimate.value > 2 * estimate.mc_error
 
 
 def _row(name: str, estimate: Estimate) -> list[str]:
@@ -181,25 +177,21 @@ def _shift_table(shifts: tuple[Shift, ...]) -> str:
     return f"{table}\n… and {left} more that move less" if left else table
 
 
-def _shown(estimate: Estimate) -> str:
-    return f"{nats(estimate.value, 2)} ± {nats(estimate.mc_error, 2)}"
-
-
 def _gained(harm: LocalHarm) -> list[str]:
     lower, best = harm.lower, harm.best
     if lower is not None and lower.value > 0:
         sure = "" if lower.confidence == 1 else f" with {lower.confidence:.0%} confidence"
         return [
             f"Learning lost at least {nats(lower.value, 2)} nats{sure} ({lower.kind}): log "
-            f"evidence is higher by {_shown(best.gain)} nats {best.name}. How much more there is, "
+            f"evidence is higher by {shown(best.gain)} nats {best.name}. How much more there is, "
             "learn_reference tells."
         ]
-    if _is_seen(best.gain):
+    if best.gain.is_seen:
         return [
-            f"Log evidence is higher by {_shown(best.gain)} nats {best.name}, but no bound shows "
+            f"Log evidence is higher by {shown(best.gain)} nats {best.name}, but no bound shows "
             "it; more particles would."
         ]
-    return [f"Nothing better than θ̂ was found near it ({_shown(best.gain)} nats)."]
+    return [f"Nothing better than θ̂ was found near it ({shown(best.gain)} nats)."]
 
 
 def _predicted(harm: LocalHarm) -> list[str]:
@@ -210,14 +202,14 @@ def _predicted(harm: LocalHarm) -> list[str]:
             f"The score lies within its noise and predicts nothing: at most {nats(limit, 2)} nats "
             "of harm show in it."
         ]
-    if _is_seen(harm.slope):
+    if harm.slope.is_seen:
         return [
             "The prediction is incomplete: ℓ rises in a direction in which its curvature cannot be "
-            f"told from 0, by {_shown(harm.slope)} nats at the least."
+            f"told from 0, by {shown(harm.slope)} nats at the least."
         ]
     if best.value <= 0 or not 0.5 < best.value / predicted.value < 2.0:
         return [
-            f"The prediction of {_shown(predicted)} nats is not borne out by the {_shown(best)} "
+            f"The prediction of {shown(predicted)} nats is not borne out by the {shown(best)} "
             "that were gained: ℓ is no parabola as far as that. It was right to a factor of two "
             f"where harm per unit was under {_PER_UNIT} nats."
         ]
@@ -228,14 +220,14 @@ def _pulled(harm: LocalHarm) -> list[str]:
     left = harm.unconverged
     if left is None or not harm.is_seen:
         return []
-    if _is_seen(left) and left.value > _SMALL_SHARE * (harm.predicted.value + harm.slope.value):
+    if left.is_seen and left.value > _SMALL_SHARE * (harm.predicted.value + harm.slope.value):
         return [
-            f"The ELBO's own gradient is not 0: it points to {_shown(left)} nats. The model was "
+            f"The ELBO's own gradient is not 0: it points to {shown(left)} nats. The model was "
             "not trained to convergence; train on before the rest is called harm."
         ]
     return [
-        f"The guide holds the model where it is: the ELBO's own gradient points to {_shown(left)} "
-        f"nats, that of the log evidence to {_shown(harm.predicted)}."
+        f"The guide holds the model where it is: the ELBO's own gradient points to {shown(left)} "
+        f"nats, that of the log evidence to {shown(harm.predicted)}."
     ]
 
 
@@ -257,9 +249,9 @@ def _blind(harm: LocalHarm) -> list[str]:
             "harm of 0; learn_reference starts off the boundary too."
         )
     elif around.undetermined:
-        shown = ", ".join(around.undetermined[:_MOST_SHIFTS])
+        some = ", ".join(around.undetermined[:_MOST_SHIFTS])
         found.append(
-            f"Log evidence hardly depends on {shown} near θ̂, as it does at a boundary: a score of "
+            f"Log evidence hardly depends on {some} near θ̂, as it does at a boundary: a score of "
             "0 there does not mean a harm of 0."
         )
     if around.num_upward:

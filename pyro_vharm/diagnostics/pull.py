@@ -172,7 +172,7 @@ class Reachability:
         preference = self.preference
         told = f"there the objective is {_signed(preference)} nats against where θ̂ leads"
         if self._counts(self.rest):
-            if preference.value > 2 * preference.mc_error:
+            if preference.is_seen:
                 settled = self.training.ending.converged
                 remedy = "Other starts or other step sizes" if settled else "More steps"
                 yield (

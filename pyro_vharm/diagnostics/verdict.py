@@ -15,7 +15,7 @@ from pyro_vharm.diagnostics.local import LocalHarm
 from pyro_vharm.diagnostics.pull import Reachability
 from pyro_vharm.estimates import Bound, Estimate
 from pyro_vharm.model.parameters import Parameters
-from pyro_vharm.tables import nats
+from pyro_vharm.tables import nats, shown
 
 __all__ = ["Verdict", "judge", "material_harm"]
 
@@ -103,7 +103,7 @@ def _keep(harm: LearningHarm) -> str:
 
 def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
     estimate, upper, lower = harm.harm, harm.train.upper(), _highest_lower(harm)
-    shown = f"{_shown(estimate)} nats in total on the training data"
+    better = f"{shown(estimate)} nats in total on the training data"
     contradicted = _contradicted(harm)
     if contradicted:
         return "undecided", contradicted
@@ -111,18 +111,18 @@ def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
         certainty = "" if lower.confidence == 1 else f" with {lower.confidence:.0%} confidence"
         return "harm", (
             f"Learning lost at least {nats(lower.value, 2)} nats{certainty} ({lower.kind}); the "
-            f"estimate is {shown}{_per_unit(estimate)}. {_visible(harm)}"
+            f"estimate is {better}{_per_unit(estimate)}. {_visible(harm)}"
         )
     if estimate.value < -max(2 * estimate.mc_error, material):
         return "undecided", (
-            f"The reference is worse than what was learned, by {_shown(_negated(estimate))} nats "
+            f"The reference is worse than what was learned, by {shown(_negated(estimate))} nats "
             "in total on the training data, so it cannot show harm. Hand in better parameters, or "
             "let a learner look for them."
         )
     limit = _limit(harm)
     if limit is not None and limit < material:
         return "no harm found", (
-            f"The best of what was tried is better by {shown}, by {nats(max(limit, 0.0), 2)} at "
+            f"The best of what was tried is better by {better}, by {nats(max(limit, 0.0), 2)} at "
             f"most, where {nats(material, 2)} nats would be called harm. A learner that goes "
             f"farther might still find some. {_visible(harm)}"
         )
@@ -134,8 +134,8 @@ def _outcome(harm: LearningHarm, material: float) -> tuple[Outcome, str]:
         grounds = f"only by at least {nats(lower.value, 2)}{most} at 95 %"
         mend = "More particles, temperatures or nodes would narrow it."
     return "undecided", (
-        f"The reference is better by {shown}, but {grounds}, so harm of {material:g} nats can be "
-        f"neither shown nor ruled out. {mend}"
+        f"The reference is better by {better}, but {grounds}, so harm of {material:g} nats can be "
+        f"neither better nor ruled out. {mend}"
     )
 
 
@@ -174,10 +174,6 @@ def _negated(estimate: Estimate) -> Estimate:
     return replace(estimate, value=-estimate.value)
 
 
-def _shown(estimate: Estimate) -> str:
-    return f"{nats(estimate.value, 2)} ± {nats(estimate.mc_error, 2)}"
-
-
 def _per_unit(estimate: Estimate) -> str:
     return f", {nats(estimate.per_unit.value)} per unit" if estimate.num_units > 1 else ""
 
@@ -187,12 +183,12 @@ def _visible(harm: LearningHarm) -> str:
     if harm.learned.gap is None:
         return "The guide holds latents as points, so there is no gap."
     gap, lost = harm.learned.gap.total(), harm.harm
-    shown = f"The visible gap is {nats(gap.value, 2)} nats"
-    if lost.value <= 2 * lost.mc_error:
-        return f"{shown}."
-    if gap.value <= 2 * gap.mc_error:
-        return f"{shown}: nothing of the harm can be seen in it."
-    return f"{shown}: the harm is {lost.value / gap.value:.1f} times what can be seen."
+    told = f"The visible gap is {nats(gap.value, 2)} nats"
+    if not lost.is_seen:
+        return f"{told}."
+    if not gap.is_seen:
+        return f"{told}: nothing of the harm can be seen in it."
+    return f"{told}: the harm is {lost.value / gap.value:.1f} times what can be seen."
 
 
 def _tried(harm: LearningHarm) -> str:
@@ -223,12 +219,12 @@ def _heldout_is_worse(heldout: Estimate) -> bool:
 def _heldout(heldout: Estimate) -> str:
     unit = heldout.per_unit
     error = (unit.mc_error**2 + (unit.sampling_error or 0.0) ** 2) ** 0.5
-    shown = f"{nats(unit.value)} ± {nats(error)} nats per unit"
+    told = f"{nats(unit.value)} ± {nats(error)} nats per unit"
     if unit.value > 2 * error:
-        return f"On held-out data the reference is better by {shown}."
+        return f"On held-out data the reference is better by {told}."
     if _heldout_is_worse(heldout):
         return (
-            f"On held-out data the reference is worse ({shown}): what was lost in training may be "
+            f"On held-out data the reference is worse ({told}): what was lost in training may be "
             "overfitting that the approximation avoided."
         )
-    return f"On held-out data the two cannot be told apart: {shown}."
+    return f"On held-out data the two cannot be told apart: {told}."

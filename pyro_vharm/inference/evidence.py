@@ -24,7 +24,7 @@ from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.particles import Particles, choose_num_replicates, effective_sample_size
 from pyro_vharm.tables import html_table, text_table
 
-__all__ = ["Evidence", "estimate_evidence", "log_evidence"]
+__all__ = ["Evidence", "estimate_evidence", "log_evidence", "run_choice"]
 
 _LARGEST_SHAPE = 0.7
 _LARGEST_RHAT = 1.05  # 1.01 is advised for one quantity; this is the largest of many
@@ -263,15 +263,7 @@ def estimate_evidence(
         progress: show a bar.
         delta: the failure probability for which the number of replicates is chosen.
     """
-    runs = _run(densities, choice.method, progress)
-    if choice.otherwise is not None:
-        limit = choice.target_width or math.inf
-        errors = torch.cat([run.numerical_error for run in runs if run.numerical_error is not None])
-        failed = int((~(errors <= limit)).sum())
-        if failed:
-            reason = f"quadrature leaves {failed} of {len(errors)} units with larger errors"
-            choice = replace(choice, method=choice.otherwise, reason=reason)
-            runs = _run(densities, choice.method, progress)
+    choice, runs = run_choice(densities, choice, progress=progress)
     per_unit = [estimate_units(run) for run in runs]
     agreement = None
     if confirmation is not None and runs[0].kind > Kind.NUMERICAL:
@@ -296,6 +288,27 @@ def estimate_evidence(
         chain_sizes=_joined([run.chain_sizes for run in runs]),
         agreement=agreement,
     )
+
+
+def run_choice(
+    densities: Sequence[UnitDensities], choice: Choice, *, progress: bool = False
+) -> tuple[Choice, list[Particles]]:
+    """Particles of every batch, by what was chosen or by what is to be run if that fails.
+
+    Returns:
+        the choice as it was made in the end, and the particles.
+    """
+    runs = _run(densities, choice.method, progress)
+    if choice.otherwise is None:
+        return choice, runs
+    limit = choice.target_width or math.inf
+    errors = torch.cat([run.numerical_error for run in runs if run.numerical_error is not None])
+    failed = int((~(errors <= limit)).sum())
+    if not failed:
+        return choice, runs
+    reason = f"quadrature leaves {failed} of {len(errors)} units with larger errors"
+    choice = replace(choice, method=choice.otherwise, reason=reason)
+    return choice, _run(densities, choice.method, progress)
 
 
 def _run(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_vharm.estimates import Kind
 from pyro_vharm.inference.choice import Choice
+from pyro_vharm.inference.evidence import run_choice
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.particles import Particles, heaviest
 
@@ -57,12 +58,7 @@ def draw_posteriors(
     densities: Sequence[UnitDensities], choice: Choice, *, progress: bool = False
 ) -> list[PosteriorParticles]:
     """Particles of every batch at the present θ, by nodes where those resolve it."""
-    runs = [choice.method.run(batch, progress=progress) for batch in densities]
-    if choice.otherwise is not None:
-        limit = choice.target_width or torch.inf
-        errors = [run.numerical_error for run in runs if run.numerical_error is not None]
-        if not all(bool((error <= limit).all()) for error in errors):
-            runs = [choice.otherwise.run(batch, progress=progress) for batch in densities]
+    _, runs = run_choice(densities, choice, progress=progress)
     return [_kept(batch, run) for batch, run in zip(densities, runs, strict=True)]
 
 

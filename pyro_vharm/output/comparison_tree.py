@@ -9,10 +9,9 @@ import numpy as np
 import xarray as xr
 
 from pyro_vharm.diagnostics.guide_comparison import CandidateRun, GuideComparison
+from pyro_vharm.output.labelled import NATS
 
 __all__ = ["comparison_datasets"]
-
-_UNITS = {"units": "nats"}
 
 
 def comparison_datasets(result: GuideComparison) -> dict[str, xr.Dataset]:
@@ -33,7 +32,7 @@ def comparison_datasets(result: GuideComparison) -> dict[str, xr.Dataset]:
         "heldout_harm_mc_error": [np.nan if lead is None else lead.error for lead in held],
     }
     summary = xr.Dataset(
-        {name: ("candidate", np.array(column), _UNITS) for name, column in columns.items()},
+        {name: ("candidate", np.array(column), NATS) for name, column in columns.items()},
         coords={"candidate": names},
         attrs={"num_units": evidence[0].num_units},
     )

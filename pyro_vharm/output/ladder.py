@@ -7,10 +7,9 @@ import xarray as xr
 
 from pyro_vharm.diagnostics.activity import ActiveUnits
 from pyro_vharm.diagnostics.gap import InferenceGap
+from pyro_vharm.output.labelled import NATS, labels_of
 
 __all__ = ["ladder_groups"]
-
-_UNITS = {"units": "nats"}
 
 
 def ladder_groups(gap: InferenceGap) -> dict[str, xr.Dataset]:
@@ -29,10 +28,9 @@ def _families(gap: InferenceGap) -> xr.Dataset:
     variables = {}
     for name, totals in lines.items():
         errors = [each.mc_error for each in totals]
-        variables[name] = ("family", np.array([each.value for each in totals]), _UNITS)
-        variables[f"{name}_mc_error"] = ("family", np.array(errors), _UNITS)
-    names = np.array(list(gap.families), dtype=f"U{max(map(len, gap.families))}")
-    return xr.Dataset(variables, coords={"family": names})
+        variables[name] = ("family", np.array([each.value for each in totals]), NATS)
+        variables[f"{name}_mc_error"] = ("family", np.array(errors), NATS)
+    return xr.Dataset(variables, coords={"family": labels_of(list(gap.families))})
 
 
 def _active_units(used: ActiveUnits) -> xr.Dataset:
@@ -42,9 +40,8 @@ def _active_units(used: ActiveUnits) -> xr.Dataset:
         "prior_variance": used.prior_variances,
         "active": used.active,
     }
-    labels = np.array(used.labels, dtype=f"U{max(map(len, used.labels))}")
     return xr.Dataset(
         {name: ("latent", column.cpu().numpy()) for name, column in columns.items()},
-        coords={"latent": labels},
+        coords={"latent": labels_of(used.labels)},
         attrs={"threshold": used.threshold, "num_units": used.num_units},
     )
