@@ -18,7 +18,7 @@ from pyro_vharm.inference.path import PathState
 from pyro_vharm.inference.refitting import refit_start
 from pyro_vharm.inference.schedules import AdaptiveSchedule, Schedule, ThermodynamicLength
 from pyro_vharm.inference.start import MatchedStart, PriorStart, StartDensity, match_start
-from pyro_vharm.inference.tempering import first_step_sizes, temper, tune_step
+from pyro_vharm.inference.tempering import first_step_sizes, measure_length, tune_step
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import unit_blocks, unit_selector
 from pyro_vharm.particles import (
@@ -189,7 +189,8 @@ class AnnealedImportanceSampling:
                 to start from; by default they start from forward particles, moved on.
             progress: show a bar.
         """
-        start = match_start(densities, self.start.prior_share) if start is None else start
+        if start is None:
+            start = match_start(densities, self.start.prior_share, roughly=self.start.refit)
         done: list[tuple[Tensor, Particles]] = []
         blocks = unit_blocks(densities, max(_ROWS_AT_ONCE // self.num_particles, 1))
         with tqdm(
@@ -282,8 +283,7 @@ class AnnealedImportanceSampling:
             knots = torch.tensor([[0.0], [1.0]], dtype=densities.dtype, device=densities.device)
             knots = knots.repeat(1, densities.num_units)
             return ThermodynamicLength(knots, knots)
-        moves = self._moves(densities, start, 0)
-        return temper(moves, self.num_particles).length
+        return measure_length(self._moves(densities, start, 0), self.num_particles)
 
     def _moves(
         self, densities: UnitDensities, start: StartDensity, num_steps: int

@@ -1,25 +1,38 @@
-"""Refitting a start density to where a tempered pilot population finds the posterior."""
+"""Refitting a start density: by scores where a posterior is near Gaussian, else by tempering."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
 from pyro_vharm.inference.path import PathState
+from pyro_vharm.inference.score_matching import (
+    ScoredDraws,
+    all_climbs_end_near,
+    draw_pairs,
+    log_weights,
+    match_scores,
+)
 from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_gaussian
 from pyro_vharm.inference.tempering import temper, tune_step
 from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.minibatches import unit_selector
 
-__all__ = ["refit_start"]
+__all__ = ["match_by_scores", "refit_start"]
 
 _LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 32, 256, 2**15
 _WIDE_SHARE = 0.5
 _FIRST_DRAWS, _DRAWS, _LEAST_MOVES = 64, 64, 3
 _FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 3, 12
 _TYPICAL_STEPS = 20
+_LEAST_ROUNDS, _MOST_ROUNDS = 2, 6
+_CLIMBERS, _CLIMBS = 12, (12, 40)
+_LEAST_LIMIT = 0.25
 
 
 def refit_start(
@@ -28,18 +41,110 @@ def refit_start(
     kernel: HamiltonianKernel,
     num_particles: int,
 ) -> StartDensity:
-    """Match the Gaussian of a start density to the posterior that a pilot population reaches.
+    """Match the Gaussian of a start density to each unit's posterior.
 
-    Half of the population starts from the Gaussian, half from the prior, whatever the share of
-    prior in the start density, and all are tempered with resampling: so modes that a guide misses
-    have their part in the match, as long as the prior leads to them. Then the population moves on
-    at β = 1, for as many draws as a covariance matrix needs; an early match sets the metric.
+    First by the scores at a few draws. That is kept for units whose weights under the Gaussian are
+    as even as a matched population could make them, and where all climbs from the prior end within
+    it: one near-Gaussian mode. Those that fail, where they can be run alone, try once more with
+    longer climbs, as few draws may speak against a unit by chance. The rest are matched by a
+    tempered population.
 
     Args:
         densities: the units.
         start: the density to refit; its share of prior is kept.
         kernel: the transitions.
         num_particles: the least size of the population; at least 32, more where units are few.
+    """
+    gaussian, good = match_by_scores(densities, start.gaussian, _CLIMBS[0])
+    left = (~good).nonzero().flatten()
+    select = unit_selector(densities) if 0 < len(left) < densities.num_units else None
+    if select is not None:
+        again, good = match_by_scores(select(left), gaussian.select(left), _CLIMBS[1])
+        gaussian = _replaced(gaussian, left, again)
+        left = left[~good]
+    if not len(left):
+        return replace(start, gaussian=gaussian)
+    if select is None:
+        tempered = _match_by_tempering(densities, start, kernel, num_particles).select(left)
+    else:
+        tempered = _match_by_tempering(select(left), start.select(left), kernel, num_particles)
+    return replace(start, gaussian=_replaced(gaussian, left, tempered))
+
+
+def _replaced(gaussian: UnitGaussian, units: Tensor, other: UnitGaussian) -> UnitGaussian:
+    pairs = zip(gaussian.fields, other.fields, strict=True)
+    return UnitGaussian(*(a.index_copy(0, units, b) for a, b in pairs))
+
+
+def match_by_scores(
+    densities: UnitDensities, gaussian: UnitGaussian, longest_climb: int
+) -> tuple[UnitGaussian, Tensor]:
+    """A Gaussian for each unit by its scores, and for which units that is good enough.
+
+    The variance of the log weights of draws may be at most ¼ + dim / 24: a Gaussian whose
+    covariance comes from n independent draws leaves about dim² / (2n), and tempering takes 12 draws
+    for each dim; a Gaussian without any width would leave dim / 2.
+
+    Args:
+        densities: the units.
+        gaussian: where to begin.
+        longest_climb: steps of the climbs from the prior.
+    """
+    limit = _LEAST_LIMIT + densities.dim / (2 * _DRAWS_PER_DIM)
+    tried = best = _tried(densities, gaussian)
+    for i in range(_MOST_ROUNDS):
+        if i >= _LEAST_ROUNDS and bool((best.spread <= limit).all()):
+            break
+        tried = _tried(densities, match_scores(tried.gaussian, tried.draws))
+        best = tried.where(tried.spread < best.spread, best)
+    good = best.spread <= limit
+    if bool(good.any()):
+        good = good & all_climbs_end_near(
+            densities, best.gaussian, best.draws, _CLIMBERS, longest_climb
+        )
+    return best.gaussian, good
+
+
+class _Tried(NamedTuple):
+    """A Gaussian per unit, draws of it, and the variance of their log weights."""
+
+    gaussian: UnitGaussian
+    draws: ScoredDraws
+    spread: Tensor
+
+    def where(self, better: Tensor, other: _Tried) -> _Tried:
+        """This one for some of the units, the other for the rest."""
+        first, second = self.gaussian.fields, other.gaussian.fields
+        fields = [_where(better, *pair, 0) for pair in zip(first, second, strict=True)]
+        pairs = zip(self.draws, other.draws, strict=True)
+        draws = ScoredDraws(*(_where(better, *pair, 1) for pair in pairs))
+        return _Tried(UnitGaussian(*fields), draws, _where(better, self.spread, other.spread, 0))
+
+
+def _tried(densities: UnitDensities, gaussian: UnitGaussian) -> _Tried:
+    draws = draw_pairs(densities, gaussian)
+    spread = log_weights(gaussian, draws).var(0).nan_to_num(nan=math.inf)
+    return _Tried(gaussian, draws, spread)
+
+
+def _where(units: Tensor, some: Tensor, other: Tensor, unit_dim: int) -> Tensor:
+    shape = [1] * some.dim()
+    shape[unit_dim] = len(units)
+    return torch.where(units.view(shape), some, other)
+
+
+def _match_by_tempering(
+    densities: UnitDensities,
+    start: StartDensity,
+    kernel: HamiltonianKernel,
+    num_particles: int,
+) -> UnitGaussian:
+    """Match a Gaussian to where a tempered pilot population finds the posterior.
+
+    Half of the population starts from the Gaussian, half from the prior, whatever the share of
+    prior in the start density, and all are tempered with resampling: so modes that a guide misses
+    have their part in the match, as long as the prior leads to them. Then the population moves on
+    at β = 1, for as many draws as a covariance matrix needs; an early match sets the metric.
     """
     affordable = densities.affordable(_LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS)
     count, dim = max(num_particles, affordable), densities.dim
@@ -54,7 +159,7 @@ def refit_start(
     state, step_size, early = _collect(moves, state, step_size, metric, first)
     metric = moves.path.metric(early.scale_tril)
     *_, gaussian = _collect(moves, state, step_size, metric, second)
-    return replace(start, gaussian=gaussian)
+    return gaussian
 
 
 def _collect(

@@ -13,7 +13,7 @@ from pyro_vharm.inference.schedules import ThermodynamicLength
 from pyro_vharm.inference.start import match_gaussian
 from pyro_vharm.particles import effective_sample_size, relative_variance, systematic_resample
 
-__all__ = ["Tempered", "first_step_sizes", "temper", "tune_step"]
+__all__ = ["Tempered", "first_step_sizes", "measure_length", "temper", "tune_step"]
 
 _FIRST_STEP_SIZE = 0.5
 _LEAST_SHARE = 2 / 3  # of the effective size that one step may leave: relative variance ½
@@ -73,26 +73,60 @@ def temper(moves: HamiltonianMoves, num_particles: int, *, num_sweeps: int = 2) 
     """
     state = moves.draw_start(num_particles)
     step_size = first_step_sizes(state)
-    temperature = torch.zeros_like(step_size)
-    knots, lengths = [temperature], [torch.zeros_like(step_size)]
-    steps, metrics = [], []
-    while bool((temperature < 1).any()):
-        reached = _farthest(state.log_ratio, temperature)
-        if len(knots) > _MOST_STEPS:
-            reached = torch.ones_like(reached)
-        increments = (reached - temperature) * state.log_ratio
-        lengths.append(lengths[-1] + relative_variance(increments).log1p().sqrt())
-        knots.append(reached)
-        state = state.take(systematic_resample(increments))
+    walk, steps, metrics = _Walk(step_size), [], []
+    while not walk.is_done:
+        state = state.take(systematic_resample(walk.go_on(state.log_ratio)))
         metric = match_gaussian(state.position).scale_tril if moves.own_metric else None
         for _ in range(num_sweeps):
-            state, step_size = tune_step(moves, state, reached, step_size, metric)
-        temperature = reached
+            state, step_size = tune_step(moves, state, walk.knots[-1], step_size, metric)
         steps.append(step_size)
         if metric is not None:
             metrics.append(metric)
-    length = ThermodynamicLength(torch.stack(knots), torch.stack(lengths))
-    return Tempered(state, length, torch.stack(steps), torch.stack(metrics) if metrics else None)
+    return Tempered(state, walk.length, torch.stack(steps), torch.stack(metrics) if metrics else None)
+
+
+def measure_length(moves: HamiltonianMoves, num_particles: int) -> ThermodynamicLength:
+    """The thermodynamic length of the path, by a population that moves once at each knot.
+
+    Nothing moves at β = 1, so that a start near the posterior costs one evaluation.
+    """
+    state = moves.draw_start(num_particles)
+    step_size = first_step_sizes(state)
+    walk = _Walk(step_size)
+    while True:
+        increments = walk.go_on(state.log_ratio)
+        if walk.is_done:
+            return walk.length
+        state = state.take(systematic_resample(increments))
+        state, step_size = tune_step(moves, state, walk.knots[-1], step_size)
+
+
+class _Walk:
+    """Temperatures that a population chooses on its way from β = 0 to 1, and the length so far."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.knots, self.lengths = [torch.zeros_like(like)], [torch.zeros_like(like)]
+
+    def go_on(self, log_ratio: Tensor) -> Tensor:
+        """Step as far as the effective size allows; the log weights of that step."""
+        here = self.knots[-1]
+        reached = _farthest(log_ratio, here)
+        if len(self.knots) > _MOST_STEPS:
+            reached = torch.ones_like(reached)
+        increments = (reached - here) * log_ratio
+        self.lengths.append(self.lengths[-1] + relative_variance(increments).log1p().sqrt())
+        self.knots.append(reached)
+        return increments
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all units are at β = 1."""
+        return bool((self.knots[-1] >= 1).all())
+
+    @property
+    def length(self) -> ThermodynamicLength:
+        """The length at each knot."""
+        return ThermodynamicLength(torch.stack(self.knots), torch.stack(self.lengths))
 
 
 def _farthest(log_ratio: Tensor, temperature: Tensor) -> Tensor:

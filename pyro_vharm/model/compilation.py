@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _WORTH_TRACING, _WORTH_COMPILING = 2.0, 60.0  # seconds of eager work ahead
+_FEW_CALLS = 32  # tracing and checking the graph take longer than all of them can save
 _MOST_KEPT = 16
 
 type Function = Callable[..., tuple[Tensor, ...]]
@@ -126,7 +127,7 @@ def accelerate(
 ) -> Accelerated:
     """The form of a function that the number of calls ahead pays for.
 
-    Eager for little work; a graph for a few seconds of it; compiled from a minute on. What
+    Eager for few calls or little work; a graph for seconds of it; compiled from a minute on. What
     was traced or compiled is kept by model, shapes and identity of parameters, and used whatever
     the work. Between two public calls anything that the model closes over may change, so graphs
     do not outlive one; compiled code does, where tracing anew gives the same graph.
@@ -142,6 +143,9 @@ def accelerate(
         UncompiledWarning: once for each function and model, if it cannot be traced or compiled.
     """
     plain = eager(function, densities)
+    key = _key(function, densities, inputs)
+    if num_calls < _FEW_CALLS and key not in _GRAPHS:
+        return plain
     started = time.perf_counter()
     expected = plain(*inputs)
     work = num_calls * (time.perf_counter() - started)
@@ -149,7 +153,6 @@ def accelerate(
         started = time.perf_counter()
         plain(*inputs)
         work = num_calls * (time.perf_counter() - started)
-    key = _key(function, densities, inputs)
     if _is_new_to_this_call(key) and work < _WORTH_TRACING:
         return plain
     kept = _kept(key, plain, function, densities, inputs, expected)

@@ -1,0 +1,192 @@
+"""Matching a Gaussian to each unit's posterior by scores, and whether climbs agree with it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vharm.inference.start import UnitGaussian, multiply
+from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.particles import log_mean_exp
+
+__all__ = [
+    "ScoredDraws",
+    "all_climbs_end_near",
+    "draw_pairs",
+    "log_weights",
+    "match_scores",
+    "score_draws",
+]
+
+_LEAST_PAIRS = 8
+_SCOUTS_PER_CLIMBER = 4
+_FAR = 4.0  # standard deviations of χ²
+_LEVEL = 0.5  # nats that a Newton step may still gain
+_NEW_MASS = 0.5  # nats that draws of the prior may add
+
+
+class ScoredDraws(NamedTuple):
+    """Points with the density and its gradient there, in the coordinates of a Gaussian.
+
+    Attributes:
+        whitened: e with h = m + L e, shape ``(particle, unit, dim)``.
+        log_prior: log p(h; θ), shape ``(particle, unit)``.
+        log_joint: log p(v, h; θ), shape ``(particle, unit)``.
+        scores: ∇_e log p(v, h; θ), shape ``(particle, unit, dim)``.
+    """
+
+    whitened: Tensor
+    log_prior: Tensor
+    log_joint: Tensor
+    scores: Tensor
+
+
+def score_draws(densities: UnitDensities, gaussian: UnitGaussian, whitened: Tensor) -> ScoredDraws:
+    """Evaluate the joint density and its gradient at points of a Gaussian's coordinates.
+
+    Where either is no finite number, log p(v, h; θ) counts as −∞ and the score as 0.
+    """
+    with torch.enable_grad():
+        latents = gaussian.unwhiten(whitened).requires_grad_()
+        terms = densities.terms(latents)
+        (gradient,) = torch.autograd.grad(terms.log_joint.sum(), latents)
+    scores = multiply(gaussian.scale_tril.mT, gradient)
+    known = torch.isfinite(terms.log_joint) & torch.isfinite(scores).all(-1)
+    log_joint = terms.log_joint.detach().masked_fill(~known, -torch.inf)
+    scores = scores.masked_fill(~known[..., None], 0.0)
+    return ScoredDraws(whitened, terms.log_prior.detach(), log_joint, scores)
+
+
+def draw_pairs(densities: UnitDensities, gaussian: UnitGaussian) -> ScoredDraws:
+    """Draws of the Gaussian in pairs e, −e, enough of them to tell a covariance matrix."""
+    num_pairs = max(densities.dim + 2, _LEAST_PAIRS)
+    half = torch.randn_like(gaussian.mean.expand(num_pairs, -1, -1))
+    return score_draws(densities, gaussian, torch.cat([half, -half]))
+
+
+def log_weights(gaussian: UnitGaussian, draws: ScoredDraws) -> Tensor:
+    """Log p(v, h; θ) − log N(h; m, L Lᵀ), shape ``(particle, unit)``."""
+    return draws.log_joint - gaussian.log_prob_whitened(draws.whitened)
+
+
+def match_scores(gaussian: UnitGaussian, draws: ScoredDraws) -> UnitGaussian:
+    """The Gaussian whose scores are nearest to those of the posterior at draws of another.
+
+    It minimises E[‖∇ log q − ∇ log p‖²_Σ] over the draws, with Σ the covariance of q, plus
+    KL(q_0 ‖ q) / (λ/2) from the Gaussian q_0 that made the draws, in closed form. With λ the number
+    of draws times the dims, the first term rules; a Gaussian posterior is met by one step.
+
+    Args:
+        gaussian: q_0.
+        draws: of it, more of them than dims.
+
+    Source: "Batch and match: black-box variational inference with a score-based divergence", Cai,
+    Modi, Pillaud-Vivien, Margossian, Gower, Blei, Saul (2024).
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro_vharm.model.problem import prepare
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         h = pyro.sample("h", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(h, 0.5), obs=x)
+    >>> (densities,) = prepare(model, None, (torch.tensor([5.0, -5.0]),)).densities
+    >>> prior = UnitGaussian(torch.zeros(2, 1), torch.ones(2, 1, 1))
+    >>> found = match_scores(prior, score_draws(densities, prior, torch.randn(16, 2, 1)))
+    >>> bool(((found.mean[:, 0] - torch.tensor([4.0, -4.0])).abs() < 0.05).all())
+    True
+    """
+    num_draws, _, dim = draws.whitened.shape
+    pull = float(num_draws * dim)
+    share = pull / (1 + pull)
+    mean, slope = draws.whitened.mean(0), draws.scores.mean(0)
+    eye = torch.eye(dim, dtype=mean.dtype, device=mean.device)
+    spread = eye + pull * _covariance(draws.whitened) + share * _outer(mean)
+    tension = pull * _covariance(draws.scores) + share * _outer(slope)
+    root = torch.linalg.cholesky(spread)
+    values, vectors = torch.linalg.eigh(root.mT @ tension @ root)
+    # Σ U Σ + Σ = V with V = R Rᵀ: Σ = R X Rᵀ, and X Rᵀ U R X + X = 1
+    shrunk = 2 / (1 + (1 + 4 * values.clamp(min=0.0)).sqrt())
+    half = root @ vectors * shrunk.sqrt()[:, None]
+    moved = share * (mean + multiply(half @ half.mT, slope[None])[0])
+    return UnitGaussian(
+        gaussian.unwhiten(moved[None])[0], gaussian.scale_tril @ _cholesky_of_square(half)
+    )
+
+
+def all_climbs_end_near(
+    densities: UnitDensities, gaussian: UnitGaussian, draws: ScoredDraws, num_climbers: int, num_steps: int
+) -> Tensor:
+    """Whether the prior leads to nothing but what a Gaussian covers, shape ``(unit,)``.
+
+    Climbers go from draws of the prior up the posterior density, by its scores, in the coordinates
+    of the Gaussian, a step at first no longer than a standard deviation in each dim, then twice as
+    long, or a quarter where that is not higher. All must end level, no farther from the mean than
+    draws of the Gaussian lie. Before, draws of the prior, four times as many, must not find mass
+    that those of the Gaussian do not.
+
+    Args:
+        densities: the units.
+        gaussian: one for each unit.
+        draws: of that Gaussian.
+        num_climbers: for each unit.
+        num_steps: most steps of a climb.
+    """
+    with torch.no_grad():
+        prior = densities.draw_prior(_SCOUTS_PER_CLIMBER * num_climbers)
+        covered = _adds_little(densities, gaussian, draws, prior)
+        first = gaussian.whiten(prior[:num_climbers])
+    at = score_draws(densities, gaussian, first)
+    dim = first.shape[-1]
+    longest = torch.full_like(at.log_joint, dim**0.5)
+    farthest = dim + _FAR * (2 * dim) ** 0.5
+    near = torch.zeros_like(covered)
+    for _ in range(num_steps):
+        size = at.scores.norm(dim=-1)
+        step = at.scores * (longest / size.clamp(min=1e-30)).clamp(max=1.0)[..., None]
+        tried = score_draws(densities, gaussian, at.whitened + step)
+        up = tried.log_joint > at.log_joint
+        pairs = zip(tried, at, strict=True)
+        at = ScoredDraws(
+            *(torch.where(up if a.dim() == 2 else up[..., None], a, b) for a, b in pairs)
+        )
+        longest = torch.where(up, 2.0 * longest, 0.25 * longest)
+        level = 0.5 * at.scores.square().sum(-1) < _LEVEL
+        near = (level & (at.whitened.square().sum(-1) < farthest)).all(0)
+        if bool(near.all()):
+            break
+    return covered & near
+
+
+def _adds_little(
+    densities: UnitDensities, gaussian: UnitGaussian, draws: ScoredDraws, prior: Tensor
+) -> Tensor:
+    """Whether weights under the mixture of both kinds of draws have the mean of the Gaussian's."""
+    terms = densities.terms(prior)
+    log_joint = torch.cat([draws.log_joint, terms.log_joint.nan_to_num(nan=-torch.inf)])
+    log_prior = torch.cat([draws.log_prior, terms.log_prior])
+    whitened = torch.cat([draws.whitened, gaussian.whiten(prior)])
+    share = len(draws.log_joint) / len(log_joint)
+    mixture = torch.logaddexp(
+        gaussian.log_prob_whitened(whitened) + math.log(share), log_prior + math.log1p(-share)
+    )
+    total = log_mean_exp(log_joint - mixture)
+    return total - log_mean_exp(log_weights(gaussian, draws)) < _NEW_MASS
+
+
+def _covariance(vectors: Tensor) -> Tensor:
+    centred = vectors - vectors.mean(0)
+    return torch.einsum("pui,puj->uij", centred, centred) / len(vectors)
+
+
+def _outer(vector: Tensor) -> Tensor:
+    return vector[:, :, None] * vector[:, None, :]
+
+
+def _cholesky_of_square(half: Tensor) -> Tensor:
+    """The Cholesky factor of B Bᵀ, without squaring the condition of B."""
+    upper: Tensor = torch.linalg.qr(half.mT).R
+    positive = upper.diagonal(dim1=-2, dim2=-1) > 0
+    return torch.where(positive[..., None], upper, -upper).mT
