@@ -63,7 +63,8 @@ def test_the_length_is_that_of_gaussians(monkeypatch):
 
     densities = prepare(model, None, (v,)).densities[0]
     method = vh.AnnealedImportanceSampling(256, start=vh.PriorStart())
-    length = method._measure(densities, match_start(densities, 1.0)).lengths[-1].mean()
+    path = method._length(densities, match_start(densities, 1.0), 2)
+    length = path.lengths[-1].mean()
     beta = torch.linspace(0, 1, 2001)
     c = 1 / (1 + beta / s**2)
     m = c * beta * 1.5 / s**2

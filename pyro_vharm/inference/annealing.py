@@ -34,7 +34,6 @@ from pyro_vharm.particles import (
 __all__ = ["AnnealedImportanceSampling", "AnnealedPlan", "anneal_forward", "anneal_reverse"]
 
 _ROWS_AT_ONCE = 2**14
-_PILOT_SWEEPS = 2
 _LARGEST_RISE = 8
 _CAUTION = 2.0  # the largest weights are those that a pilot misses
 
@@ -78,17 +77,20 @@ class Weighted(NamedTuple):
     acceptance: Tensor
 
 
-def anneal_forward(plan: AnnealedPlan, latents: Tensor) -> Weighted:
+def anneal_forward(plan: AnnealedPlan, latents: Tensor, *, last_move: bool = True) -> Weighted:
     """Carry draws of the start density along log f_β = (1 − β) log f_0 + β log p(v, h; θ).
 
     The weight Π_t f_{β_t}(h_{t−1}) / f_{β_{t−1}}(h_{t−1}) has mean p(v; θ), whatever the
-    transitions, as long as each leaves its f_{β_t} invariant.
+    transitions, as long as each leaves its f_{β_t} invariant. The last transition, at β = 1, moves
+    the particles on and leaves their weights as they are.
     """
     state = plan.moves.at(latents)
     log_weights = torch.zeros_like(state.log_joint)
     acceptance = torch.zeros_like(log_weights)
     for t, change in enumerate(plan.temperatures.diff(dim=0), 1):
         log_weights = log_weights + change * state.log_ratio
+        if t == plan.num_steps and not last_move:
+            break
         state, accepted = plan.move(t, state)
         acceptance = acceptance + accepted / plan.num_steps
     return Weighted(plan.moves.latents(state), log_weights, acceptance)
@@ -216,15 +218,13 @@ class AnnealedImportanceSampling:
     ) -> list[tuple[Tensor, Particles]]:
         """Give units that miss the target more temperatures, and run the others for good."""
         start = self.locate(densities, start)
-        length = self._measure(densities, start)
         pending = torch.arange(densities.num_units, device=densities.device)
         select = None if self.target_width is None else unit_selector(densities)
         num_steps, done = self.num_steps, []
+        length = self._length(densities, start, num_steps)
         part, own = densities, exact
         while len(pending):
-            plan, variance = self.tune(
-                part, start.select(pending), length.select(pending), num_steps
-            )
+            plan, variance = self.tune(part, start, length, num_steps)
             ready = self._is_narrow(variance) | (num_steps >= self._most_steps)
             if select is None:
                 ready = ready.all().expand_as(ready)
@@ -240,7 +240,9 @@ class AnnealedImportanceSampling:
             if len(left) and select is not None and len(left) < len(pending):
                 part = select(pending[left])
             own = None if own is None else own[:, left]
-            pending = pending[left]
+            length, start, pending = length.select(left), start.select(left), pending[left]
+            if num_steps == 1 and len(left):
+                length = self._length(part, start, 2)
             num_steps = self._next(num_steps, variance[left])
         return done
 
@@ -269,7 +271,7 @@ class AnnealedImportanceSampling:
             the frozen plan, and var(w)/mean(w)² that it foresees, shape ``(unit,)``.
         """
         start = self.locate(densities, start)
-        length = self._measure(densities, start)
+        length = self._length(densities, start, self.num_steps)
         return self.tune(densities, start, length, self.num_steps)
 
     def locate(self, densities: UnitDensities, start: StartDensity) -> StartDensity:
@@ -278,17 +280,18 @@ class AnnealedImportanceSampling:
             return start
         return refit_start(densities, start, self.kernel, self.num_particles)
 
-    def _measure(self, densities: UnitDensities, start: StartDensity) -> ThermodynamicLength:
-        if not self.schedule.needs_length:
-            knots = torch.tensor([[0.0], [1.0]], dtype=densities.dtype, device=densities.device)
-            knots = knots.repeat(1, densities.num_units)
-            return ThermodynamicLength(knots, knots)
-        return measure_length(self._moves(densities, start, 0), self.num_particles)
+    def _length(
+        self, densities: UnitDensities, start: StartDensity, num_steps: int
+    ) -> ThermodynamicLength:
+        """The length of the path, where placing so many temperatures takes it."""
+        if num_steps > 1 and self.schedule.needs_length:
+            return measure_length(self._moves(densities, start, 0), self.num_particles)
+        return ThermodynamicLength.unmeasured(start.gaussian.mean[:, 0])
 
     def _moves(
         self, densities: UnitDensities, start: StartDensity, num_steps: int
     ) -> HamiltonianMoves:
-        ahead = (2 + _PILOT_SWEEPS) * num_steps + self.num_settling
+        ahead = 3 * num_steps + self.num_settling
         return self.kernel.moves(densities, start, self.num_particles, ahead)
 
     def tune(
@@ -315,18 +318,15 @@ class AnnealedImportanceSampling:
         step_size, step_sizes = first_step_sizes(state), []
         for t, change in enumerate(temperatures.diff(dim=0), 1):
             log_weights = log_weights + change * state.log_ratio
-            for _ in range(_PILOT_SWEEPS):
-                state, step_size = tune_step(moves, state, temperatures[t], step_size)
+            state, step_size = tune_step(moves, state, temperatures[t], step_size)
             step_sizes.append(step_size)
         log_weights, _ = drop_nonfinite(log_weights)
         seen = relative_variance(log_weights).nan_to_num(nan=math.inf)  # without any weight
         plan = AnnealedPlan(moves, temperatures, torch.stack(step_sizes), seen)
         variance = torch.maximum(seen, _lognormal_variance(log_weights))
-        if self.schedule.needs_length:
-            least = (length.lengths[-1].square() / num_steps).expm1()
-            least = least.nan_to_num(nan=math.inf).clamp(max=self.num_particles)
-            variance = torch.maximum(variance, least)
-        return plan, variance
+        least = (length.lengths[-1].square() / num_steps).expm1()  # 0 where it was not measured
+        least = least.nan_to_num(nan=math.inf).clamp(max=self.num_particles)
+        return plan, torch.maximum(variance, least)
 
     def _plan_of(self, densities: UnitDensities, plan: AnnealedPlan, units: Tensor) -> AnnealedPlan:
         moves = self._moves(densities, plan.moves.start.select(units), plan.num_steps)
@@ -341,7 +341,7 @@ class AnnealedImportanceSampling:
         """The runs that count, with everything frozen."""
         densities = plan.moves.densities
         latents = plan.moves.start.sample(densities, self.num_particles)
-        forward = anneal_forward(plan, latents)
+        forward = anneal_forward(plan, latents, last_move=exact is None)
         log_weights, dropped = drop_nonfinite(forward.log_weights)
         if exact is None:
             last = self.settle(plan, resample(forward.latents, log_weights))
@@ -355,7 +355,7 @@ class AnnealedImportanceSampling:
             kind=Kind.ESTIMATED,
             pilot_variance=plan.pilot_variance,
             reverse_log_weights=reverse_log_weights,
-            acceptance=forward.acceptance.mean(0),
+            acceptance=(forward if exact is None else reverse).acceptance.mean(0),
             num_steps=torch.full_like(plan.pilot_variance, plan.num_steps),
             pareto_shapes=self._shapes(log_weights),
             num_nonfinite=dropped + dropped_reverse,

@@ -31,7 +31,7 @@ class Sandwich:
         lower: stochastic lower bounds log Ẑ of each unit, shape ``(unit,)``.
         upper: stochastic upper bounds of each unit, from runs back from the exact posterior draw
             that made its data, shape ``(unit,)``.
-        acceptance: mean acceptance probability per unit, forward, shape ``(unit,)``.
+        acceptance: mean acceptance probability per unit, back from the draws, shape ``(unit,)``.
         method: the method's settings.
     """
 

@@ -30,9 +30,18 @@ _WIDE_SHARE = 0.5
 _FIRST_DRAWS, _DRAWS, _LEAST_MOVES = 64, 64, 3
 _FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 3, 12
 _TYPICAL_STEPS = 20
-_LEAST_ROUNDS, _MOST_ROUNDS = 2, 6
-_CLIMBERS, _CLIMBS = 12, (12, 40)
+_LEAST_ROUNDS, _CLIMBERS = 2, 12
 _LEAST_LIMIT = 0.25
+
+
+class Effort(NamedTuple):
+    """How much to try: rounds of matching, and steps of the climbs."""
+
+    num_rounds: int
+    num_steps: int
+
+
+_FIRST, _SECOND = Effort(5, 12), Effort(12, 40)
 
 
 def refit_start(
@@ -45,8 +54,8 @@ def refit_start(
 
     First by the scores at a few draws. That is kept for units whose weights under the Gaussian are
     as even as a matched population could make them, and where all climbs from the prior end within
-    it: one near-Gaussian mode. Those that fail, where they can be run alone, try once more with
-    longer climbs, as few draws may speak against a unit by chance. The rest are matched by a
+    it: one near-Gaussian mode. Those that fail, where they can be run alone, try once more
+    and longer, as few draws may speak against a unit by chance. The rest are matched by a
     tempered population.
 
     Args:
@@ -55,11 +64,11 @@ def refit_start(
         kernel: the transitions.
         num_particles: the least size of the population; at least 32, more where units are few.
     """
-    gaussian, good = match_by_scores(densities, start.gaussian, _CLIMBS[0])
+    gaussian, good = match_by_scores(densities, start.gaussian, _FIRST)
     left = (~good).nonzero().flatten()
     select = unit_selector(densities) if 0 < len(left) < densities.num_units else None
     if select is not None:
-        again, good = match_by_scores(select(left), gaussian.select(left), _CLIMBS[1])
+        again, good = match_by_scores(select(left), gaussian.select(left), _SECOND)
         gaussian = _replaced(gaussian, left, again)
         left = left[~good]
     if not len(left):
@@ -77,7 +86,7 @@ def _replaced(gaussian: UnitGaussian, units: Tensor, other: UnitGaussian) -> Uni
 
 
 def match_by_scores(
-    densities: UnitDensities, gaussian: UnitGaussian, longest_climb: int
+    densities: UnitDensities, gaussian: UnitGaussian, effort: Effort
 ) -> tuple[UnitGaussian, Tensor]:
     """A Gaussian for each unit by its scores, and for which units that is good enough.
 
@@ -88,11 +97,11 @@ def match_by_scores(
     Args:
         densities: the units.
         gaussian: where to begin.
-        longest_climb: steps of the climbs from the prior.
+        effort: how much to try.
     """
     limit = _LEAST_LIMIT + densities.dim / (2 * _DRAWS_PER_DIM)
     tried = best = _tried(densities, gaussian)
-    for i in range(_MOST_ROUNDS):
+    for i in range(effort.num_rounds):
         if i >= _LEAST_ROUNDS and bool((best.spread <= limit).all()):
             break
         tried = _tried(densities, match_scores(tried.gaussian, tried.draws))
@@ -100,7 +109,7 @@ def match_by_scores(
     good = best.spread <= limit
     if bool(good.any()):
         good = good & all_climbs_end_near(
-            densities, best.gaussian, best.draws, _CLIMBERS, longest_climb
+            densities, best.gaussian, best.draws, _CLIMBERS, effort.num_steps
         )
     return best.gaussian, good
 
@@ -114,23 +123,16 @@ class _Tried(NamedTuple):
 
     def where(self, better: Tensor, other: _Tried) -> _Tried:
         """This one for some of the units, the other for the rest."""
-        first, second = self.gaussian.fields, other.gaussian.fields
-        fields = [_where(better, *pair, 0) for pair in zip(first, second, strict=True)]
-        pairs = zip(self.draws, other.draws, strict=True)
-        draws = ScoredDraws(*(_where(better, *pair, 1) for pair in pairs))
-        return _Tried(UnitGaussian(*fields), draws, _where(better, self.spread, other.spread, 0))
+        units = better.nonzero().flatten()
+        gaussian = _replaced(other.gaussian, units, self.gaussian.select(units))
+        spread = torch.where(better, self.spread, other.spread)
+        return _Tried(gaussian, self.draws.where(better, other.draws), spread)
 
 
 def _tried(densities: UnitDensities, gaussian: UnitGaussian) -> _Tried:
     draws = draw_pairs(densities, gaussian)
     spread = log_weights(gaussian, draws).var(0).nan_to_num(nan=math.inf)
     return _Tried(gaussian, draws, spread)
-
-
-def _where(units: Tensor, some: Tensor, other: Tensor, unit_dim: int) -> Tensor:
-    shape = [1] * some.dim()
-    shape[unit_dim] = len(units)
-    return torch.where(units.view(shape), some, other)
 
 
 def _match_by_tempering(

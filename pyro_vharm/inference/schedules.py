@@ -40,6 +40,12 @@ class ThermodynamicLength(NamedTuple):
     temperatures: Tensor
     lengths: Tensor
 
+    @classmethod
+    def unmeasured(cls, like: Tensor) -> ThermodynamicLength:
+        """Of which nothing is known but the ends, for units like those of a ``(unit,)`` tensor."""
+        ends = torch.stack([torch.zeros_like(like), torch.ones_like(like)])
+        return cls(ends, torch.zeros_like(ends))
+
     def select(self, units: Tensor) -> ThermodynamicLength:
         """That of some of the units."""
         return ThermodynamicLength(self.temperatures[:, units], self.lengths[:, units])

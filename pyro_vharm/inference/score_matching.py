@@ -43,6 +43,12 @@ class ScoredDraws(NamedTuple):
     log_joint: Tensor
     scores: Tensor
 
+    def where(self, chosen: Tensor, other: ScoredDraws) -> ScoredDraws:
+        """These where chosen, shape ``(particle, unit)`` or ``(unit,)``, else the others."""
+        pairs = zip(self, other, strict=True)
+        wide = chosen[..., None]
+        return ScoredDraws(*(torch.where(chosen if a.dim() == 2 else wide, a, b) for a, b in pairs))
+
 
 def score_draws(densities: UnitDensities, gaussian: UnitGaussian, whitened: Tensor) -> ScoredDraws:
     """Evaluate the joint density and its gradient at points of a Gaussian's coordinates.
@@ -117,15 +123,20 @@ def match_scores(gaussian: UnitGaussian, draws: ScoredDraws) -> UnitGaussian:
 
 
 def all_climbs_end_near(
-    densities: UnitDensities, gaussian: UnitGaussian, draws: ScoredDraws, num_climbers: int, num_steps: int
+    densities: UnitDensities,
+    gaussian: UnitGaussian,
+    draws: ScoredDraws,
+    num_climbers: int,
+    num_steps: int,
 ) -> Tensor:
     """Whether the prior leads to nothing but what a Gaussian covers, shape ``(unit,)``.
 
     Climbers go from draws of the prior up the posterior density, by its scores, in the coordinates
-    of the Gaussian, a step at first no longer than a standard deviation in each dim, then twice as
-    long, or a quarter where that is not higher. All must end level, no farther from the mean than
-    draws of the Gaussian lie. Before, draws of the prior, four times as many, must not find mass
-    that those of the Gaussian do not.
+    of the Gaussian. A step is as long as the slope, which leads to the top of a Gaussian, or longer
+    and longer where the slope rises; at first no longer than a standard deviation in each dim, then
+    twice as long, or a quarter where that is not higher. All must end level, no farther from the
+    mean than draws of the Gaussian lie. Before, draws of the prior, four times as many, must not
+    find mass that those of the Gaussian do not.
 
     Args:
         densities: the units.
@@ -140,19 +151,19 @@ def all_climbs_end_near(
         first = gaussian.whiten(prior[:num_climbers])
     at = score_draws(densities, gaussian, first)
     dim = first.shape[-1]
-    longest = torch.full_like(at.log_joint, dim**0.5)
+    radius, factor = torch.full_like(at.log_joint, dim**0.5), torch.ones_like(at.log_joint)
     farthest = dim + _FAR * (2 * dim) ** 0.5
     near = torch.zeros_like(covered)
     for _ in range(num_steps):
-        size = at.scores.norm(dim=-1)
-        step = at.scores * (longest / size.clamp(min=1e-30)).clamp(max=1.0)[..., None]
+        slope = at.scores.norm(dim=-1)
+        length = torch.minimum(factor * slope, radius)
+        step = at.scores * (length / slope.clamp(min=1e-30))[..., None]
         tried = score_draws(densities, gaussian, at.whitened + step)
         up = tried.log_joint > at.log_joint
-        pairs = zip(tried, at, strict=True)
-        at = ScoredDraws(
-            *(torch.where(up if a.dim() == 2 else up[..., None], a, b) for a, b in pairs)
-        )
-        longest = torch.where(up, 2.0 * longest, 0.25 * longest)
+        steeper = up & (tried.scores.norm(dim=-1) > slope)
+        at = tried.where(up, at)
+        radius = torch.where(up, 2.0 * radius, 0.25 * length)
+        factor = torch.where(steeper, 2.0 * factor, 1.0)
         level = 0.5 * at.scores.square().sum(-1) < _LEVEL
         near = (level & (at.whitened.square().sum(-1) < farthest)).all(0)
         if bool(near.all()):

@@ -197,10 +197,9 @@ def match_start(
 ) -> StartDensity:
     """Match the start density to draws from the guide, or from the prior where there is none.
 
-    Roughly, by a quarter of the draws, is enough where the match is refitted.
+    Roughly, by fewer draws, is enough where the match is refitted.
     """
-    wanted = 200 + 10 * densities.dim
-    wanted = wanted // 4 if roughly else wanted
+    wanted = 32 + 2 * densities.dim if roughly else 200 + 10 * densities.dim
     per_pass = max(_ROWS_PER_PASS // densities.num_units, 2)
     moments = _Moments()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from pyro_vharm.particles import effective_sample_size, relative_variance, syste
 
 __all__ = ["Tempered", "first_step_sizes", "measure_length", "temper", "tune_step"]
 
-_FIRST_STEP_SIZE = 0.5
+_FIRST_STEP_SIZE, _GAIN = 0.5, 2.0
 _LEAST_SHARE = 2 / 3  # of the effective size that one step may leave: relative variance ½
 _MOST_STEPS, _BISECTIONS = 100, 30
 
@@ -53,7 +53,7 @@ def tune_step(
     """One transition, and step sizes pulled toward the acceptance that the kernel aims at."""
     state, accepted = moves(state, temperature, step_size, metric)
     pull = accepted.mean(0) - moves.kernel.target_acceptance
-    return state, step_size * pull.exp()
+    return state, step_size * (_GAIN * pull).exp()
 
 
 def temper(moves: HamiltonianMoves, num_particles: int, *, num_sweeps: int = 2) -> Tempered:
@@ -82,7 +82,9 @@ def temper(moves: HamiltonianMoves, num_particles: int, *, num_sweeps: int = 2) 
         steps.append(step_size)
         if metric is not None:
             metrics.append(metric)
-    return Tempered(state, walk.length, torch.stack(steps), torch.stack(metrics) if metrics else None)
+    return Tempered(
+        state, walk.length, torch.stack(steps), torch.stack(metrics) if metrics else None
+    )
 
 
 def measure_length(moves: HamiltonianMoves, num_particles: int) -> ThermodynamicLength:

@@ -1,0 +1,170 @@
+"""Gaussians matched by scores: exact where posteriors are Gaussian, refused where they are not."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_vharm.inference import refitting
+from pyro_vharm.inference.hamiltonian import HamiltonianKernel
+from pyro_vharm.inference.refitting import match_by_scores, refit_start
+from pyro_vharm.inference.score_matching import match_scores, score_draws
+from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_start
+from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.problem import prepare
+
+
+def regression(dim, num_units):
+    """h ~ N(0, 1), v = B h + noise of 0.3: posteriors N(Λ⁻¹ Bᵀ v / s², Λ⁻¹), Λ = 1 + BᵀB / s²."""
+    generator = torch.Generator().manual_seed(dim)
+    loadings = torch.randn(dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
+    loadings[:, 0] *= 3
+    data = torch.randn(num_units, dim, generator=generator, dtype=torch.float64) + 1
+
+    def model(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(dim), 1.0).to_event(1))
+            pyro.sample("v", dist.Normal(h @ loadings.T, 0.3).to_event(1), obs=v)
+
+    precision = torch.eye(dim, dtype=torch.float64) + loadings.T @ loadings / 0.09
+    covariance = torch.linalg.inv(precision)
+    mean = data @ loadings / 0.09 @ covariance
+    return prepare(model, None, (data,)).densities[0], mean, covariance
+
+
+def off_by(gaussian, mean, covariance):
+    """KL(found ‖ exact) of every unit."""
+    exact = UnitGaussian(mean, torch.linalg.cholesky(covariance).expand(len(mean), -1, -1))
+    turned = torch.linalg.solve_triangular(exact.scale_tril, gaussian.scale_tril, upper=False)
+    apart = exact.whiten(gaussian.mean[None])[0]
+    square = turned.square().sum((-1, -2)) + apart.square().sum(-1) - mean.shape[-1]
+    return 0.5 * square + exact.log_abs_det - gaussian.log_abs_det
+
+
+@pytest.mark.parametrize("dim", [1, 2, 30])
+def test_a_gaussian_posterior_is_met_by_two_steps(dim):
+    densities, mean, covariance = regression(dim, 5)
+    prior = UnitGaussian(torch.zeros_like(mean), torch.eye(dim).double().expand(5, -1, -1))
+    draws = score_draws(densities, prior, torch.randn(2 * dim + 10, 5, dim).double())
+    assert float(off_by(prior, mean, covariance).min()) > 0.3
+    found = match_scores(prior, draws)
+    assert float(off_by(found, mean, covariance).max()) < 0.5 * dim, "the pull to the prior is left"
+    again = match_scores(found, score_draws(densities, found, draws.whitened))
+    assert float(off_by(again, mean, covariance).max()) < 1e-3
+    doubled = score_draws(densities, found, draws.whitened)
+    wrong = match_scores(found, doubled._replace(scores=2 * doubled.scores))
+    assert float(off_by(wrong, mean, covariance).min()) > 0.05 * dim, "a wrong twin"
+    few = draws._replace(whitened=draws.whitened[:dim], scores=draws.scores[:dim])
+    assert bool(torch.isfinite(match_scores(prior, few).mean).all())
+
+
+def test_scores_are_those_of_whitened_coordinates():
+    densities, mean, covariance = regression(3, 4)
+    gaussian = UnitGaussian(mean, torch.linalg.cholesky(covariance).expand(4, -1, -1))
+    draws = score_draws(densities, gaussian, torch.randn(6, 4, 3).double())
+    assert torch.allclose(draws.scores, -draws.whitened, atol=1e-9), "∇ log N(e; 0, 1) = −e"
+
+
+LONG = refitting.Effort(12, 40)
+
+
+def matched(model, data, start=None):
+    densities = prepare(model, None, data).densities[0]
+    start = match_start(densities, 0.05).gaussian if start is None else start
+    return match_by_scores(densities, start, LONG)
+
+
+def test_a_start_far_off_and_far_too_narrow_or_wide_is_mended():
+    densities, mean, covariance = regression(4, 6)
+    for scale in (1e-3, 30.0):
+        eye = scale * torch.eye(4).double().expand(6, -1, -1)
+        found, good = match_by_scores(densities, UnitGaussian(mean + 2 * scale, eye), LONG)
+        assert bool(good.all())
+        assert float(off_by(found, mean, covariance).max()) < 0.5, scale
+
+
+def square_model(v):
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(1), 1.0).to_event(1))
+        pyro.sample("v", dist.Normal(h[..., 0].square(), 0.3), obs=v)
+
+
+def test_a_gaussian_on_one_of_two_modes_is_refused():
+    """Units of v = 1.5 have modes near ±1.15; a Gaussian on one of them fits it well."""
+    v = torch.full((40,), 1.5)
+    one_mode = UnitGaussian(torch.full((40, 1), 1.15), torch.full((40, 1, 1), 0.12))
+    _, good = matched(square_model, (v,), one_mode)
+    assert not bool(good.any())
+
+    def half_model(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.HalfNormal(v.new_ones(1)).to_event(1))
+            pyro.sample("v", dist.Normal(h[..., 0].square(), 0.3), obs=v)
+
+    # the same mode without the other, on the scale of log h
+    _, good = matched(half_model, (v,))
+    assert float(good.double().mean()) > 0.7
+
+
+def test_mass_beyond_a_peak_is_refused():
+    """Spike and slab: one peak at 0, and half of the mass spread like the prior, without a peak."""
+
+    def model(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(2), 1.0).to_event(1))
+            spike = dist.Normal(0.0, 0.02).log_prob(h).sum(-1) - dist.Normal(0, 1).log_prob(h).sum(
+                -1
+            )
+            pyro.factor("v", torch.logaddexp(spike, torch.zeros_like(spike)))
+
+    v = torch.zeros(30)
+    spike = UnitGaussian(torch.zeros(30, 2), 0.02 * torch.eye(2).expand(30, -1, -1))
+    _, good = matched(model, (v,), spike)
+    assert float(good.double().mean()) < 0.2
+
+
+def test_a_funnel_is_refused():
+    def model(v):
+        with pyro.plate("units", len(v)):
+            log_scale = pyro.sample("log_scale", dist.Normal(torch.zeros_like(v), 3.0))
+            scale = (log_scale / 2).exp()[..., None].expand(*log_scale.shape, 9)
+            h = pyro.sample("h", dist.Normal(0.0, scale).to_event(1))
+            pyro.sample("v", dist.Normal(h.sum(-1), 3.0), obs=v)
+
+    _, good = matched(model, (torch.linspace(-1, 1, 20),))
+    assert not bool(good.any())
+
+
+def test_only_units_that_are_not_gaussian_are_tempered(monkeypatch):
+    """And those come out as a tempered population has them: wide enough for both modes."""
+    v = torch.tensor([1.5, -1.0]).repeat(30)
+    densities = prepare(square_model, None, (v,)).densities[0]
+    tempered, original = [], refitting._match_by_tempering
+
+    def spy(densities, *rest):
+        tempered.append(densities.num_units)
+        return original(densities, *rest)
+
+    monkeypatch.setattr(refitting, "_match_by_tempering", spy)
+    start = match_start(densities, 0.05)
+    found = refit_start(densities, start, HamiltonianKernel(), 16)
+    assert isinstance(found, StartDensity) and found.prior_share == 0.05
+    assert tempered == [30]
+    widths = found.gaussian.scale_tril.flatten()
+    assert float(widths[0::2].median()) > 0.8, "modes are at ±1.2"
+    assert float(widths[1::2].max()) < 0.5
+
+
+def test_a_hundred_near_gaussian_dims_cost_little(monkeypatch):
+    """Evaluations of each unit's density, beside what a covariance matrix needs by draws alone."""
+    densities, mean, covariance = regression(100, 3)
+    rows, original = [], UnitDensities.run_at
+
+    def counted(self, latents, **options):
+        rows.append(len(latents))
+        return original(self, latents, **options)
+
+    monkeypatch.setattr(UnitDensities, "run_at", counted)
+    found = refit_start(densities, match_start(densities, 0.05), HamiltonianKernel(), 16)
+    assert float(off_by(found.gaussian, mean, covariance).max()) < 0.05
+    assert sum(rows) < 12 * 100, "tempering alone takes 12 transitions of 5 gradients for each dim"
