@@ -85,6 +85,37 @@ def test_an_adaptive_schedule_beats_a_linear_one_from_the_prior():
     assert means[1] > means[0], "a lower bound that is higher is closer"
 
 
+def test_the_last_move_leaves_weights_as_they_are():
+    densities = densities_of(linear_gaussian(num_units=20))
+    start = match_start(densities, 0.05)
+    plan, _ = vh.AnnealedImportanceSampling(num_steps=3).pilot(densities, start)
+    latents = start.sample(densities, 8)
+    ends = []
+    for last_move in (True, False):
+        torch.manual_seed(1)
+        ends.append(annealing.anneal_forward(plan, latents, last_move=last_move))
+    moved, stayed = ends
+    assert torch.equal(moved.log_weights, stayed.log_weights)
+    assert not torch.equal(moved.latents, stayed.latents)
+
+
+def test_one_temperature_is_placed_without_measuring(monkeypatch):
+    """Units that need more have their path measured then."""
+    measured, original = [], annealing.measure_length
+
+    def spy(moves, num_particles):
+        measured.append(moves.densities.num_units)
+        return original(moves, num_particles)
+
+    monkeypatch.setattr(annealing, "measure_length", spy)
+    model, noise = mixed()
+    densities = prepare(model, None, (noise,)).densities[0]
+    vh.AnnealedImportanceSampling(8, num_steps=1).run(densities)
+    assert measured == []
+    vh.AnnealedImportanceSampling(8, num_steps=1, target_width=0.3, max_steps=2).run(densities)
+    assert len(measured) == 1 and 0 < measured[0] < 40
+
+
 def mixed():
     """Units of two kinds in turn: an easy posterior, and a narrow one of many dimensions."""
     noise = torch.tensor([1.0, 0.03]).repeat(20)
