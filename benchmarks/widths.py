@@ -47,7 +47,7 @@ if find_spec("jax") is not None:
 __all__ = ["Point", "add_options", "run", "time_to_width"]
 
 OURS, CLASSICAL, JAX = "ours", "classical, in this code", "classical, in JAX"
-_NUM_PARTICLES, _LEAST_STEPS = 16, 2
+_NUM_PARTICLES, _LEAST_STEPS = 16, 1
 _SWEEPS, _GROWTH = 2, 4
 _HEADER = ("VAE", "recipe", "setting", "mean width", "CPU s", "set-up s")
 _SUMMARY = ("VAE", "recipe", "CPU s to the width", "times ours")

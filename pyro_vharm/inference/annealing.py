@@ -120,9 +120,10 @@ class AnnealedImportanceSampling:
     Forward, each particle's weight is an unbiased estimate of p(v_u; θ), so the log of their mean
     is a stochastic lower bound on log p(v_u; θ). The reverse runs start from the forward
     particles, resampled and moved on at β = 1: an upper bound *conditional* on those being
-    posterior draws. A pilot on particles of its own refits the start density, places the
+    posterior draws. A pilot on random numbers of its own refits the start density, places the
     temperatures, tunes step sizes per unit and temperature and foresees the spread of the weights;
-    then all are frozen.
+    then all are frozen. Where a posterior is near Gaussian, the refit takes a few gradients at
+    draws, also in a hundred dims, and few temperatures are left to place.
 
     With weights of variance V, relative to their squared mean, the two bounds of a unit lie about
     V / num_particles apart. Given a `target_width`, each unit gets as many temperatures as its
@@ -140,7 +141,8 @@ class AnnealedImportanceSampling:
         num_settling: transitions at β = 1 before the reverse run.
 
     Source: "Annealed Importance Sampling", Neal (2001); "Sandwiching the marginal likelihood using
-    bidirectional Monte Carlo", Grosse, Ghahramani, Adams (2015).
+    bidirectional Monte Carlo", Grosse, Ghahramani, Adams (2015); "Batch and match: black-box
+    variational inference with a score-based divergence", Cai et al. (2024).
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro_vharm import log_evidence

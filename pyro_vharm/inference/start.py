@@ -214,8 +214,8 @@ class MatchedStart:
 
     Args:
         prior_share: share of prior in the start density, in [0, 1).
-        refit: match the Gaussian anew to where a pilot's particles end, so that a near-Gaussian
-            posterior needs few temperatures in any dimension.
+        refit: match the Gaussian anew, by scores at a few draws, or to where a pilot's particles
+            end, so that a near-Gaussian posterior needs few temperatures in any dimension.
     """
 
     prior_share: float = 0.05
