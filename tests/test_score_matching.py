@@ -12,6 +12,7 @@ from pyro_vharm.inference.score_matching import match_scores, score_draws
 from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_start
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.problem import prepare
+from tests.zoo.hard import far_modes
 
 
 def regression(dim, num_units):
@@ -104,6 +105,14 @@ def test_a_gaussian_on_one_of_two_modes_is_refused():
     # the same mode without the other, on the scale of log h
     _, good = matched(half_model, (v,))
     assert float(good.double().mean()) > 0.7
+
+
+def test_modes_a_few_deviations_apart_are_refused():
+    """Where a Gaussian on one of them has the other in its tail."""
+    case = far_modes(5, apart=4.0, num_units=20)
+    densities = prepare(case.model, case.guide, case.data).densities[0]
+    _, good = match_by_scores(densities, match_start(densities, 0.05).gaussian, LONG)
+    assert float(good.double().mean()) < 0.2
 
 
 def test_mass_beyond_a_peak_is_refused():

@@ -23,7 +23,7 @@ __all__ = [
 
 _LEAST_PAIRS, _PULL = 8, 10.0
 _SCOUTS_PER_CLIMBER = 4
-_FAR = 4.0  # standard deviations of χ²
+_FAR = 2.5  # standard deviations of a peak from the mean
 _LEVEL = 0.5  # nats that a Newton step may still gain
 _NEW_MASS = 0.5  # nats that draws of the prior may add
 
@@ -135,9 +135,9 @@ def all_climbs_end_near(
     Climbers go from draws of the prior up the posterior density, by its scores, in the coordinates
     of the Gaussian. A step is as long as the slope, which leads to the top of a Gaussian, or longer
     and longer where the slope rises; at first no longer than a standard deviation in each dim, then
-    twice as long, or a quarter where that is not higher. All must end level, no farther from the
-    mean than draws of the Gaussian lie. Before, draws of the prior, four times as many, must not
-    find mass that those of the Gaussian do not.
+    twice as long, or a quarter where that is not higher. All must end level, within two and a half
+    standard deviations of the mean. Before, draws of the prior, four times as many, must not find
+    mass that those of the Gaussian do not.
 
     Args:
         densities: the units.
@@ -153,7 +153,6 @@ def all_climbs_end_near(
     at = score_draws(densities, gaussian, first)
     dim = first.shape[-1]
     radius, factor = torch.full_like(at.log_joint, dim**0.5), torch.ones_like(at.log_joint)
-    farthest = dim + _FAR * (2 * dim) ** 0.5
     near = torch.zeros_like(covered)
     for _ in range(num_steps):
         slope = at.scores.norm(dim=-1)
@@ -166,7 +165,7 @@ def all_climbs_end_near(
         radius = torch.where(up, 2.0 * radius, 0.25 * length)
         factor = torch.where(steeper, 2.0 * factor, 1.0)
         level = 0.5 * at.scores.square().sum(-1) < _LEVEL
-        near = (level & (at.whitened.square().sum(-1) < farthest)).all(0)
+        near = (level & (at.whitened.norm(dim=-1) < _FAR)).all(0)
         if bool(near.all()):
             break
     return covered & near
