@@ -18,7 +18,7 @@ __all__ = ["PARTICLES", "ProximalSteps"]
 
 PARTICLES = 16
 _LEAST_SHARE = 0.5  # of the effective size, which reweighting may leave
-_MOST_SETS, _NEAR = 16, 1.0
+_MOST_SETS, _MOST_ELEMENTS, _NEAR = 16, 2**24, 1.0
 _LEAST_GAIN, _LEAST_NOISY_GAIN = 1e-3, 1e-2
 _LIGHTER, _HEAVIER, _TRIES = 0.25, 2.0, 30
 _LEAST_PENALTY, _SMALL_PENALTY = 1e-4, 0.1
@@ -85,7 +85,7 @@ class ProximalSteps:
     def has_settled(self, gain: float) -> bool:
         """Whether a step with such a gain leaves nothing to look for with these particles."""
         if self.chains:
-            return len(self.sets) == _MOST_SETS and gain < _LEAST_NOISY_GAIN
+            return len(self.sets) == self._most_sets and gain < _LEAST_NOISY_GAIN
         return gain < _LEAST_GAIN and self.penalty < _SMALL_PENALTY
 
     def carry_on(self, gain: float) -> None:
@@ -98,7 +98,13 @@ class ProximalSteps:
         if self.chains:
             newest = _carried(self.chains, self.sets[-1])
             kept = [each for each in self.sets if gain < _NEAR and self._is_good(each)]
-            self.sets = [*kept, newest][-_MOST_SETS:]
+            self.sets = [*kept, newest][-self._most_sets :]
+
+    @property
+    def _most_sets(self) -> int:
+        """How many sets are kept at most: fewer where memory counts."""
+        size = sum(part.latents.numel() for part in self.sets[-1])
+        return min(max(_MOST_ELEMENTS // max(size, 1), 1), _MOST_SETS)
 
     def _is_good(self, particles: Sequence[PosteriorParticles]) -> bool:
         return float(torch.cat([part.share_left() for part in particles]).mean()) >= _LEAST_SHARE
@@ -113,10 +119,13 @@ class ProximalSteps:
         shares = [part.reweighted().softmax(0) for part in parts]
 
         def losses() -> tuple[float, Sequence[Tensor | None]]:
-            pairs = zip(parts, shares, strict=True)
-            total = torch.stack([p.proximal_loss(w, self.penalty) for p, w in pairs]).sum()
-            total = total / len(self.sets)
-            return float(total.detach()), torch.autograd.grad(total, self.leaves, allow_unused=True)
+            total, sums = 0.0, [torch.zeros_like(leaf) for leaf in self.leaves]
+            for part, share in zip(parts, shares, strict=True):
+                loss = part.proximal_loss(share, self.penalty) / len(self.sets)
+                total += float(loss.detach())
+                found = torch.autograd.grad(loss, self.leaves, allow_unused=True)
+                sums = [s if g is None else s + g for s, g in zip(sums, found, strict=True)]
+            return total, sums
 
         descend(losses, self.leaves, tolerance=_LEAST_GAIN, max_iterations=self.max_iterations)
 
