@@ -259,6 +259,51 @@ def test_a_point_mass_beside_a_density_is_refused():
         vh.inference_gap(two_latents, guides, (V,), progress=False)
 
 
+def two_classes(v):
+    with pyro.plate("units", len(v)):
+        first = pyro.sample("first", dist.Categorical(v.new_tensor([0.7, 0.3])))
+        second = pyro.sample("second", dist.Categorical(v.new_tensor([0.4, 0.6])))
+        pyro.sample("v", dist.Normal(2.0 * first - second, 1.0), obs=v)
+
+
+def assigning(*names, drawn=()):
+    def guide(v):
+        with pyro.plate("units", len(v)):
+            for name in names:
+                pyro.sample(name, dist.Delta((v > 0).long()))
+            for name in drawn:
+                pyro.sample(name, dist.Categorical(v.new_tensor([0.6, 0.4])))
+
+    return guide
+
+
+def test_weights_of_a_guide_that_draws_nothing_are_refused():
+    """K of them are one. One is a bound, and so are many where something is drawn or summed out."""
+    loss = vh.ImportanceWeightedELBO(2).loss
+    before = torch.get_rng_state()
+    for hard in (assigning("first", "second"), assigning("first")):
+        with pytest.raises(vh.InputError, match=r"(?s)point masses .*use ExactEvidence"):
+            loss(two_classes, hard, V)
+    assert torch.equal(torch.get_rng_state(), before)
+    vh.ImportanceWeightedELBO(1).loss(two_classes, assigning("first", "second"), V)
+    for guide in (
+        assigning("first", drawn=["second"]),
+        assigning(drawn=["first", "second"]),
+        assigning(drawn=["first"]),
+        assigning(),
+    ):
+        loss(two_classes, guide, V)
+    learner = vh.GradientLearner(vh.ImportanceWeightedELBO(50))
+    options = {"guide": assigning("first", "second"), "progress": False}
+    with pytest.raises(vh.InputError, match="are all the same"):
+        vh.learn_reference(learned_classes, (V,), learner=learner, **options)
+
+
+def learned_classes(v):
+    pyro.param("nothing", v.new_tensor(1.0))
+    two_classes(v)
+
+
 def sharing_guide(v):
     weight = pyro.param("weight", torch.tensor(1.0), constraint=dist.constraints.positive)
     with pyro.plate("units", len(v)):

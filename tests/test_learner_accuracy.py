@@ -57,9 +57,14 @@ def test_the_exact_learner_arrives(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, learner",
-    [("two causes", "importance"), ("sign-symmetric", "chains"), ("Nile", "chains")],
+    [
+        ("two causes", "importance"),
+        ("sign-symmetric", "chains"),
+        ("Nile", "chains"),
+        ("Nile", "EM"),
+    ],
 )
-def test_learners_by_gradient_steps_arrive(name, learner):
+def test_learners_by_random_numbers_arrive(name, learner):
     assert missing_after(HARMED_MODELS[name](), LEARNERS[learner], SEED)["missing"] < AIM
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,15 +11,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch.distributions import constraints
+from torch.distributions import constraints, kl_divergence
 
 import pyro_vharm as vh
 from pyro_vharm.learning import gradient_learner, starts
 from pyro_vharm.learning.journal import Journal, open_journal
 from pyro_vharm.learning.learners import choose_learner
+from pyro_vharm.learning.learning_run import LearningRun
 from pyro_vharm.learning.quasi_newton import descend
 from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import prepare
+from tests.statistics import SEED
 
 V = torch.tensor([3.0, -2.0, 0.5, 2.5, -3.5, 1.0], dtype=torch.float64)
 EXACT = float((V.square().mean() - 1).sqrt())
@@ -386,6 +389,37 @@ def test_what_auto_takes(monkeypatch):
     assert isinstance(choose_learner(problem, "auto"), vh.ClimbingLearner)
     with pytest.raises(vh.InputError, match="point masses"):
         vh.learn_reference(wide, (V,), guide=points, progress=False)
+
+
+def narrow(v):
+    with pyro.plate("units", len(v)):
+        pyro.sample("h", dist.Normal(pyro.param("slope", v.new_tensor(0.1)) * v, 0.1))
+
+
+def test_a_learner_whose_bound_stays_far_below_says_so():
+    """By KL(q ‖ p), which a guide of fixed width cannot close; and not where it can."""
+    learner = vh.GradientLearner(
+        vh.ImportanceWeightedELBO(1), 60, 0.01, max_rounds=4, guide_training=vh.GuideTraining(0)
+    )
+    problem = prepare(model, narrow, (V,))
+    run = LearningRun(problem, Journal(), progress=False)
+    torch.manual_seed(SEED)
+    ending = learner.learn(run)
+    share = float(pyro.param("scale").detach()) ** 2
+    share = share / (1 + share)
+    q = dist.Normal(float(pyro.param("slope").detach()) * V, 0.1)
+    gap = float(kl_divergence(q, dist.Normal(share * V, share**0.5)).sum())
+    said = re.search(r"its bound is (\S+) nats below log evidence there \((\S+) per", str(ending))
+    assert said is not None, ending
+    assert gap > 1 and float(said[1]) == pytest.approx(gap, abs=1.0)
+    assert float(said[2]) == pytest.approx(float(said[1]) / len(V), abs=1e-3)
+    assert ending.converged and "another objective may find more" in ending.reason
+    rounds = OPTIONS | {"max_rounds": 8}
+    close = vh.GradientLearner(vh.ImportanceWeightedELBO(30), 100, 0.05, **rounds)
+    assert "below" not in learn(close).attempts[1].ending
+    text = str(learn(learner, guide=narrow))
+    assert "another objective may find more" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("learner", ["exactly", vh.ExactLearner, 3])

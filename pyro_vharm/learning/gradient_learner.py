@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
-from pyro_vharm.estimates import Estimate
+from pyro_vharm.estimates import Estimate, concatenate
 from pyro_vharm.learning.foresight import timed
 from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.journal import random_state, set_random_state
@@ -21,10 +22,12 @@ from pyro_vharm.model.minibatches import cut_units
 from pyro_vharm.model.problem import Problem
 from pyro_vharm.objectives.importance_weighted import ImportanceWeightedELBO
 from pyro_vharm.objectives.objective import UnitObjective
+from pyro_vharm.tables import nats
 
 __all__ = ["GradientLearner"]
 
 _PARTIAL = "partial"
+_EVALUATIONS, _LEAST_SHORTFALL = 16, 0.5
 _MOST_DOUBLINGS, _CHECKPOINTS, _STEPS_PER_FILE = 20, 20, 100
 
 
@@ -40,7 +43,8 @@ class GradientLearner:
     again in the same direction raises it, that is done, again and again: a learner whose steps are
     small beside the distance it has to go ends somewhere on the way. The learner has converged
     when a round raises log evidence by no more than its error, or 0.05 nats; the better end of
-    that round is kept.
+    that round is kept. Where its bound is then more than half a nat below log evidence, it says so:
+    it has followed the bound, which need not be highest where log evidence is.
 
     Args:
         objective: one of this package's, such as `ImportanceWeightedELBO` or `MarkovChainEM`. Each
@@ -108,9 +112,38 @@ class GradientLearner:
             if not is_higher(now, reached):
                 if now.value < reached.value:
                     run.assign(before)
-                return Ending(True, f"log evidence rose no further in round {i + 1}")
+                reason = f"log evidence rose no further in round {i + 1}"
+                return Ending(True, reason + self._shortfall(run, max(now, reached, key=_value)))
             reached = now
         return Ending(False, f"log evidence still rose in round {self.max_rounds}")
+
+    def _shortfall(self, run: LearningRun, reached: Estimate) -> str:
+        """How far a lower bound is below log evidence where it ended, in words, if it is far.
+
+        Where it is far, the learner may have followed its bound and not log evidence.
+        """
+        if self.objective.side != "lower":
+            return ""
+        bound = run.piece("bound", partial(self._bound, run))
+        missing = reached.value - bound["value"]
+        if missing < max(2 * math.hypot(reached.mc_error, bound["error"]), _LEAST_SHORTFALL):
+            return ""
+        per_unit = missing / reached.num_units
+        total = per_unit * run.problem.num_units
+        return (
+            f"; its bound is {nats(total)} nats below log evidence there ({nats(per_unit)} per "
+            "unit), so another objective may find more"
+        )
+
+    def _bound(self, run: LearningRun) -> dict[str, float]:
+        """Of the units that log evidence is looked at for, by fresh draws."""
+        objective, totals = self.objective.renewed(), []
+        with torch.no_grad():
+            for _ in range(_EVALUATIONS):
+                found = [objective.evaluate(part).per_unit for part in run.probe.densities]
+                totals.append(concatenate(found).total().value)
+        values = torch.tensor(totals, dtype=torch.float64)
+        return {"value": float(values.mean()), "error": float(values.std()) / len(values) ** 0.5}
 
     def _descend(self, run: LearningRun) -> None:
         problem = run.problem
@@ -178,6 +211,10 @@ class _Keeper:
                 "random_state": random_state(),
             }
             self.run.journal.write(_PARTIAL, content)
+
+
+def _value(found: Estimate) -> float:
+    return found.value
 
 
 def _go_further(run: LearningRun, before: Values) -> Estimate:

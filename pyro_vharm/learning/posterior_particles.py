@@ -12,7 +12,7 @@ from pyro_vharm.estimates import Kind
 from pyro_vharm.inference.choice import Choice
 from pyro_vharm.inference.evidence import run_choice
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.particles import Particles, heaviest
+from pyro_vharm.particles import Particles, effective_sample_size, heaviest
 
 __all__ = ["PosteriorParticles", "draw_posteriors"]
 
@@ -44,9 +44,26 @@ class PosteriorParticles(NamedTuple):
     def reweighted(self) -> Tensor:
         """Log weights at the present θ; the sum of a unit's estimates p(v; θ) / p(v; θ₀)."""
         with torch.no_grad():
-            now = self.densities.log_joint(self.latents)
-        change = torch.where(torch.isneginf(self.log_shares), 0.0, now - self.log_joint)
-        return self.log_shares + change
+            return self._log_weights()
+
+    def share_left(self) -> Tensor:
+        """Of their effective number at θ₀, what reweighting leaves at θ, shape ``(unit,)``."""
+        return effective_sample_size(self.reweighted()) / effective_sample_size(self.log_shares)
+
+    def proximal_loss(self, shares: Tensor, penalty: float) -> Tensor:
+        """−Σ_u log Σ_p w_up(θ) + β Σ_u KL_u, of which EM's M-step is the case β = 1.
+
+        KL_u = log Σ_p w_p(θ) − Σ_p w̃_p log w_p(θ), but for a constant, is that of the posterior at
+        θ from the one where the shares w̃ were taken.
+        """
+        log_weights = self._log_weights()
+        estimate = log_weights.logsumexp(0).sum()
+        completed = torch.where(shares > 0, shares * log_weights, 0.0).sum()
+        return (penalty - 1) * estimate - penalty * completed
+
+    def _log_weights(self) -> Tensor:
+        change = self.densities.log_joint(self.latents) - self.log_joint
+        return self.log_shares + torch.where(torch.isneginf(self.log_shares), 0.0, change)
 
     def loss(self, shares: Tensor) -> Tensor:
         """−Σ_u Σ_p w̃_up log p(v_u, h_up; θ)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ from pyro_vharm.model.problem import Problem, capture_pair
 from pyro_vharm.tables import html_table, nats
 
 __all__ = ["Attempt", "Reference"]
+
+_MARGIN = "    "
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ class Reference:
         for attempt in self.attempts:
             lines.append(f"  {attempt}")
             if attempt.log_evidence is not None and attempt.ending:
-                lines.append(f"    {attempt.ending}; {attempt.num_steps} steps")
+                ended = f"{attempt.ending}; {attempt.num_steps} steps"
+                lines += textwrap.wrap(ended, 96, initial_indent=_MARGIN, subsequent_indent=_MARGIN)
         lines += self.notes
         if self.train is not None:
             lines += ["", bounds_table(self.train)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind, UnitEstimates
 from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.guide_runs import run_guide
 from pyro_vharm.objectives.gradients import BoundGradient, DoublyReparameterized
 from pyro_vharm.objectives.objective import UnitObjective, UnitTerms
 from pyro_vharm.particles import log_mean_exp, log_mean_exp_error
@@ -65,7 +67,8 @@ class ImportanceWeightedELBO(UnitObjective):
             that holds every site; without one, the weights are those of the whole data set.
 
     Raises:
-        InputError: on the first call, if the guide has no density.
+        InputError: on the first call, if the guide has no density, or if it holds all latents as
+            point masses, so that K weights are one.
 
     Source: "Importance Weighted Autoencoders", Burda, Grosse, Salakhutdinov (2016).
 
@@ -107,6 +110,22 @@ class ImportanceWeightedELBO(UnitObjective):
     def title(self) -> str:
         """What it is, for tables."""
         return f"importance weights, K = {self.num_particles}"
+
+    def check(self, densities: UnitDensities) -> None:
+        """Refuse several particles for a guide that draws nothing, as well."""
+        super().check(densities)
+        if self.num_particles == 1:
+            return
+        assert densities.guide is not None, "it has a density"
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+            run = run_guide(densities.guide, densities.batch, densities.structure, 2)
+        if run.values and not run.random:
+            raise InputError(
+                f"the guide holds {list(run.values)} as point masses (Delta) and draws nothing, so "
+                f"the {self.num_particles} weights of a unit are all the same and give the ELBO "
+                "again: use ExactEvidence, which sums discrete latents out (or the learner "
+                "ExpectationMaximization), or a guide that draws them"
+            )
 
     def evaluate(self, densities: UnitDensities) -> UnitTerms:
         """The bound of each unit, from fresh draws of the guide."""
