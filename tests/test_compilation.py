@@ -19,7 +19,9 @@ V = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept():
+def nothing_kept(monkeypatch):
+    """And few calls count, so that short runs can show what long ones do."""
+    monkeypatch.setattr(compilation, "_FEW_CALLS", 0)
     vh.forget_compiled()
     yield
     vh.forget_compiled()
@@ -59,6 +61,22 @@ def same(first, second):
 def test_little_work_runs_eager_and_nothing_is_kept():
     assert accelerate(log_joint, densities_of(model), (LATENTS,), 1).form == "eager"
     assert not compilation._GRAPHS
+
+
+def test_few_calls_are_not_even_timed(monkeypatch):
+    """However dear each is: tracing takes longer than they could save."""
+    monkeypatch.undo()
+    monkeypatch.setattr(compilation, "_WORTH_TRACING", 0.0)
+    monkeypatch.setattr(compilation, "_WORTH_COMPILING", float("inf"))
+    calls, few = [], compilation._FEW_CALLS
+
+    def counted(densities, latents):
+        calls.append(1)
+        return log_joint(densities, latents)
+
+    densities = densities_of(model)
+    assert accelerate(counted, densities, (LATENTS,), few - 1).form == "eager" and not calls
+    assert accelerate(counted, densities, (LATENTS,), few).form == "graph"
 
 
 def test_long_work_is_traced_and_the_graph_kept_for_batches_of_one_shape(to_graphs):
