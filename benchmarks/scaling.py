@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.tables import print_table
 from pyro_vharm import AnnealedImportanceSampling, MatchedStart, log_evidence
+from pyro_vharm.model import compilation
 
 __all__ = ["Cost", "add_options", "measure", "run"]
 
@@ -46,6 +47,7 @@ def _model(observed: Tensor) -> None:
 def measure(num_units: int, method: AnnealedImportanceSampling) -> Cost:
     """Run `log_evidence` on so many units, after a few that load what is loaded once."""
     torch.set_num_threads(1)
+    compilation._WORTH_TRACING = 0.0  # a busy machine must not decide what is loaded and kept
     generator = torch.Generator().manual_seed(0)
     observed = torch.randn(max(num_units, _WARM_UP), _DIM, generator=generator).square()
 

@@ -7,7 +7,7 @@ and, normalised, they stand for its posterior.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from pyro_vharm.estimates import Kind, UnitEstimates, concatenate
 __all__ = [
     "LEAST_DRAWS_FOR_SHAPE",
     "Particles",
+    "by_blocks",
     "choose_num_replicates",
     "drop_nonfinite",
     "effective_sample_size",
@@ -38,6 +39,12 @@ __all__ = [
 
 LEAST_DRAWS_FOR_SHAPE = 100
 _NEGLIGIBLE = 1e-12
+_WEIGHTS_AT_ONCE = 2**16
+_UNIT_DIMS = {
+    **dict.fromkeys(("unconstrained", "log_weights", "reverse_log_weights"), 1),
+    **dict.fromkeys(("pilot_variance", "numerical_error", "acceptance", "num_steps"), 0),
+    **dict.fromkeys(("pareto_shapes", "rhat", "chain_sizes"), 0),
+}
 
 
 @dataclass(frozen=True)
@@ -93,31 +100,34 @@ class Particles:
         return log_mean_exp(self.log_weights.unflatten(0, (-1, self.group_size)), dim=1)
 
 
-def join_units(parts: Sequence[tuple[Tensor, Particles]]) -> Particles:
-    """Particles of all units from those of parts, each given with the indices of its units."""
-    units = torch.cat([units for units, _ in parts])
-    order, in_order = units.argsort(), bool((units.diff() > 0).all())
-    runs = [run for _, run in parts]
-    if len(runs) == 1:
-        return runs[0]
+def join_units(parts: Iterable[tuple[Tensor, Particles]], num_units: int) -> Particles:
+    """Particles of all units from those of parts, each given with the indices of its units.
 
-    def joined(name: str, dim: int) -> Tensor | None:
-        found = [getattr(run, name) for run in runs]
-        present = [field for field in found if field is not None]
-        if not present:
-            return None
-        whole = torch.cat(present, dim)
-        return whole if in_order else whole.index_select(dim, order)  # no third copy
-
-    per_particle = ("unconstrained", "log_weights", "reverse_log_weights")
-    per_unit = ("pilot_variance", "numerical_error", "acceptance", "num_steps", "pareto_shapes")
-    chains = ("rhat", "chain_sizes")
-    fields = {name: joined(name, 1) for name in per_particle}
-    fields |= {name: joined(name, 0) for name in (*per_unit, *chains)}
-    known = [run.log_evidence for run in runs if run.log_evidence is not None]
-    evidence = concatenate(known).take(order) if known else None
-    dropped = sum(run.num_nonfinite for run in runs)
-    return replace(runs[0], **fields, log_evidence=evidence, num_nonfinite=dropped)  # type: ignore[arg-type]
+    Parts are put in place as they come: of a generator, no more than one is held twice.
+    """
+    whole: dict[str, Tensor] = {}
+    evidence: list[tuple[Tensor, UnitEstimates]] = []
+    first, dropped = None, 0
+    for units, run in parts:
+        if len(units) == num_units and bool((units.diff() > 0).all()):
+            return run
+        first, dropped = first or run, dropped + run.num_nonfinite
+        for name, dim in _UNIT_DIMS.items():
+            field = getattr(run, name)
+            if field is None:
+                continue
+            if name not in whole:
+                shape = (*field.shape[:dim], num_units, *field.shape[dim + 1 :])
+                whole[name] = field.new_full(shape, math.nan)
+            whole[name].index_copy_(dim, units, field)
+        if run.log_evidence is not None:
+            evidence.append((units, run.log_evidence))
+    assert first is not None, "there are units, so there are parts"
+    joined = replace(first, **whole, num_nonfinite=dropped)  # type: ignore[arg-type]
+    if not evidence:
+        return joined
+    order = torch.cat([units for units, _ in evidence]).argsort()
+    return replace(joined, log_evidence=concatenate([one for _, one in evidence]).take(order))
 
 
 def heaviest(run: Particles) -> tuple[Tensor, Tensor]:
@@ -136,6 +146,16 @@ def heaviest(run: Particles) -> tuple[Tensor, Tensor]:
     index = torch.where(light, index[:1], index)[..., None]
     latents = run.unconstrained.gather(0, index.expand(-1, -1, run.unconstrained.shape[-1]))
     return latents, shares.masked_fill(light, 0.0)
+
+
+def by_blocks(function: Callable[..., Tensor], *log_weights: Tensor) -> Tensor:
+    """A function of log weights ``(particle, unit)`` with a value per unit, some units at a time.
+
+    So what it computes on the way takes no memory that grows with the units.
+    """
+    size = max(_WEIGHTS_AT_ONCE // len(log_weights[0]), 1)
+    parts = zip(*(one.split(size, 1) for one in log_weights), strict=True)
+    return torch.cat([function(*part) for part in parts], -1)
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -224,9 +244,13 @@ def replicate_totals(log_weights: Tensor, num_replicates: int, *, reverse: bool 
 
     Forward, log Ẑ = log mean w per unit. In reverse, log Ẑ = −log mean (1/w).
     """
-    groups = log_weights.reshape(num_replicates, -1, log_weights.shape[1])
     sign = -1.0 if reverse else 1.0
-    return sign * log_mean_exp(sign * groups, dim=1).double().sum(-1)
+
+    def totals(some: Tensor) -> Tensor:
+        groups = some.reshape(num_replicates, -1, some.shape[1])
+        return sign * log_mean_exp(sign * groups, dim=1).double().sum(-1, keepdim=True)
+
+    return by_blocks(totals, log_weights).sum(-1)
 
 
 def choose_num_replicates(

@@ -17,6 +17,7 @@ from pyro_vharm import Kind, Quadrature, log_evidence
 from pyro_vharm.estimates import UnitEstimates
 from pyro_vharm.inference import quadrature, region, trapezoidal
 from pyro_vharm.inference.choice import choose_method
+from pyro_vharm.inference.start import match_start
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.particles import log_mean_exp
 from tests.statistics import SEED
@@ -283,7 +284,7 @@ def test_the_error_is_kept_over_many_seeds(name, seed):
 def by_gauss_hermite(posterior):
     """A wrong twin: rules of two orders about the guide's one mode, which agree."""
     densities = prepare(posterior.model, posterior.guide, (posterior.v,)).densities[0]
-    gaussian = quadrature.match_start(densities, 0.0).gaussian
+    gaussian = match_start(densities, 0.0).gaussian
     values = []
     for order in (24, 32):
         nodes, weights = (torch.tensor(a) for a in np.polynomial.hermite_e.hermegauss(order))

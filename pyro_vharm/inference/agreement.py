@@ -17,7 +17,7 @@ from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.choice import InferenceMethod
 from pyro_vharm.inference.estimation import estimate_units
 from pyro_vharm.inference.sequential import SequentialMonteCarlo
-from pyro_vharm.inference.start import PriorStart, match_start
+from pyro_vharm.inference.start import PriorStart, select_start
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import unit_selector
 from pyro_vharm.particles import Particles
@@ -192,5 +192,5 @@ def _run(
     if not isinstance(method, AnnealedImportanceSampling | SequentialMonteCarlo):
         return method.run(part, progress=progress)
     # units that run alone have no guide: they start where the whole batch says
-    start = match_start(densities, method.start.prior_share).select(units)
+    start = select_start(densities, method.start.prior_share, units)
     return method.run(part, start=start, progress=progress)

@@ -17,10 +17,10 @@ from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
 from pyro_vharm.inference.path import PathState
 from pyro_vharm.inference.refitting import refit_start
 from pyro_vharm.inference.schedules import AdaptiveSchedule, Schedule, ThermodynamicLength
-from pyro_vharm.inference.start import MatchedStart, PriorStart, StartDensity, match_start
+from pyro_vharm.inference.start import MatchedStart, PriorStart, StartDensity, block_starts
 from pyro_vharm.inference.tempering import first_step_sizes, measure_length, tune_step
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.minibatches import unit_blocks, unit_selector
+from pyro_vharm.model.minibatches import unit_selector
 from pyro_vharm.particles import (
     LEAST_DRAWS_FOR_SHAPE,
     Particles,
@@ -193,10 +193,9 @@ class AnnealedImportanceSampling:
                 to start from; by default they start from forward particles, moved on.
             progress: show a bar.
         """
-        if start is None:
-            start = match_start(densities, self.start.prior_share, roughly=self.start.refit)
-        done: list[tuple[Tensor, Particles]] = []
-        blocks = unit_blocks(densities, max(_ROWS_AT_ONCE // self.num_particles, 1))
+        size = max(_ROWS_AT_ONCE // self.num_particles, 1)
+        prior_share, roughly = self.start.prior_share, self.start.refit
+        blocks = block_starts(densities, size, prior_share, start, roughly=roughly)
         with tqdm(
             total=densities.num_units,
             desc="annealing",
@@ -205,11 +204,14 @@ class AnnealedImportanceSampling:
             delay=2,
             leave=False,
         ) as bar:
-            for units, block in blocks:
-                own = None if exact is None else exact[:, units]
-                for some, particles in self._run_block(block, start.select(units), own, bar.update):
-                    done.append((units[some], particles))
-        return join_units(done)
+            parts = (
+                (units[some], particles)
+                for units, block, own in blocks
+                for some, particles in self._run_block(
+                    block, own, None if exact is None else exact[:, units], bar.update
+                )
+            )
+            return join_units(parts, densities.num_units)
 
     def _run_block(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -18,9 +19,8 @@ from pyro_vharm.inference.chains import (
     mean_draws,
     refine_gaussian,
 )
-from pyro_vharm.inference.start import StartDensity
+from pyro_vharm.inference.start import Blocks, StartDensity
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.minibatches import unit_blocks
 from pyro_vharm.particles import (
     Particles,
     drop_nonfinite,
@@ -145,8 +145,7 @@ class BridgeSampling:
         Raises:
             InputError: if all latents are discrete.
         """
-        first = self.draws.match_start(densities)
-        done = []
+        blocks = self.draws.block_starts(densities)
         with tqdm(
             total=densities.num_units,
             desc="bridge",
@@ -155,12 +154,15 @@ class BridgeSampling:
             delay=2,
             leave=False,
         ) as bar:
-            for units, block in unit_blocks(densities, self.draws.units_at_once):
-                own = None if start is None else start.select(units)
-                chains = self.draws.draw(block, first.select(units))
-                done.append((units, self._bridge(block, chains, own)))
-                bar.update(len(units))
-        return join_units(done)
+            return join_units(self._parts(blocks, start, bar.update), densities.num_units)
+
+    def _parts(
+        self, blocks: Blocks, proposal: StartDensity | None, report: Callable[[int], object]
+    ) -> Iterator[tuple[Tensor, Particles]]:
+        for units, block, first in blocks:
+            own = None if proposal is None else proposal.select(units)
+            yield units, self._bridge(block, self.draws.draw(block, first), own)
+            report(len(units))
 
     def _bridge(
         self, densities: UnitDensities, chains: ChainDraws, proposal: StartDensity | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -15,10 +15,15 @@ from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
 from pyro_vharm.inference.path import PathState
-from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_gaussian, match_start
+from pyro_vharm.inference.start import (
+    Blocks,
+    StartDensity,
+    UnitGaussian,
+    block_starts,
+    match_gaussian,
+)
 from pyro_vharm.inference.tempering import first_step_sizes
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.minibatches import unit_blocks
 from pyro_vharm.particles import Particles, join_units
 
 __all__ = [
@@ -183,8 +188,7 @@ class HamiltonianMonteCarlo:
         Raises:
             InputError: if all latents are discrete.
         """
-        start = self.match_start(densities) if start is None else start
-        done = []
+        blocks = self.block_starts(densities, start)
         with tqdm(
             total=densities.num_units,
             desc="chains",
@@ -193,18 +197,21 @@ class HamiltonianMonteCarlo:
             delay=2,
             leave=False,
         ) as bar:
-            for units, block in unit_blocks(densities, self.units_at_once):
-                done.append((units, self.draw(block, start.select(units)).as_particles()))
-                bar.update(len(units))
-        return join_units(done)
+            return join_units(self._parts(blocks, bar.update), densities.num_units)
 
-    @property
-    def units_at_once(self) -> int:
-        """How many units are moved together, so that memory beside the draws stays bounded."""
-        return max(_ROWS_AT_ONCE // self.num_chains, 1)
+    def _parts(
+        self, blocks: Blocks, report: Callable[[int], object]
+    ) -> Iterator[tuple[Tensor, Particles]]:
+        for units, block, start in blocks:
+            yield units, self.draw(block, start).as_particles()
+            report(len(units))
 
-    def match_start(self, densities: UnitDensities) -> StartDensity:
-        """What chains start from by default.
+    def block_starts(self, densities: UnitDensities, start: StartDensity | None = None) -> Blocks:
+        """The units that are moved together, and what their chains start from.
+
+        Args:
+            densities: all units.
+            start: what chains start from; by default matched to guide draws.
 
         Raises:
             InputError: if all latents are discrete.
@@ -214,7 +221,8 @@ class HamiltonianMonteCarlo:
                 "all latents are discrete and are summed out, so there is nothing to draw; "
                 "use log_evidence"
             )
-        return match_start(densities, self.prior_share)
+        size = max(_ROWS_AT_ONCE // self.num_chains, 1)
+        return block_starts(densities, size, self.prior_share, start)
 
     def draw(self, densities: UnitDensities, start: StartDensity) -> ChainDraws:
         """Warm up, freeze, and draw, for all these units together."""

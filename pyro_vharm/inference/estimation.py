@@ -10,9 +10,9 @@ from torch import Tensor
 from pyro_vharm.estimates import UnitEstimates
 from pyro_vharm.particles import (
     Particles,
+    by_blocks,
     log_mean_exp,
     log_mean_exp_error,
-    relative_variance,
     replicate_totals,
 )
 
@@ -24,15 +24,21 @@ def estimate_units(run: Particles) -> UnitEstimates:
     if run.log_evidence is not None:
         return run.log_evidence
     log_weights = run.independent_log_weights
-    value = log_mean_exp(log_weights)
     if run.numerical_error is not None:
+        value = by_blocks(log_mean_exp, log_weights)
         return UnitEstimates(value, torch.zeros_like(value), run.kind, run.numerical_error)
+    value, error = by_blocks(_corrected, log_weights)
+    error = torch.hypot(error, _unseen_error(run, error))
+    return UnitEstimates(value, error, run.kind, _disagreement(run))
+
+
+def _corrected(log_weights: Tensor) -> Tensor:
+    """Log Ẑ without its first-order bias, and its standard error, ``(2, unit)``."""
     error, correction = log_mean_exp_error(log_weights)
-    error = torch.hypot(error, _unseen_error(run))
-    return UnitEstimates(value + correction, error, run.kind, _disagreement(run))
+    return torch.stack([log_mean_exp(log_weights) + correction, error])
 
 
-def _unseen_error(run: Particles) -> Tensor:
+def _unseen_error(run: Particles, error: Tensor) -> Tensor:
     """Standard error that a unit's pilot foresaw and its weights do not show, ``(unit,)``.
 
     A few weights may all be alike by chance, as when none of 16 particles came from the share of
@@ -40,13 +46,12 @@ def _unseen_error(run: Particles) -> Tensor:
     another sample of the same; where their relative variance is larger, the mean of both counts.
     That makes the mean squared error at most half too large.
     """
-    log_weights = run.independent_log_weights
     if run.pilot_variance is None:
-        return torch.zeros_like(log_weights[0])
-    seen = relative_variance(log_weights)
-    more = (run.pilot_variance - seen).clamp(min=0.0)
+        return torch.zeros_like(error)
+    foreseen = run.pilot_variance / (len(run.log_weights) // run.group_size)
+    more = (foreseen - error.square()).clamp(min=0.0)
     finite = torch.where(torch.isfinite(more), more, 0.0)  # a pilot without weights says nothing
-    return (0.5 * finite / len(log_weights)).sqrt()
+    return (0.5 * finite).sqrt()
 
 
 def _disagreement(run: Particles) -> Tensor | None:
@@ -58,19 +63,24 @@ def _disagreement(run: Particles) -> Tensor | None:
     """
     if run.reverse_log_weights is None:
         return None
-    _, correction = log_mean_exp_error(run.log_weights)
-    forward = log_mean_exp(run.log_weights) + correction
-    _, correction = log_mean_exp_error(-run.reverse_log_weights)
-    reverse = -log_mean_exp(-run.reverse_log_weights) - correction
-    share = 0.5 * (reverse - forward).nan_to_num(nan=torch.inf).mean().abs()
-    return share.expand_as(forward)
+
+    def apart(forward: Tensor, reverse: Tensor) -> Tensor:
+        return -_corrected(-reverse)[0] - _corrected(forward)[0]
+
+    differences = by_blocks(apart, run.log_weights, run.reverse_log_weights)
+    share = 0.5 * differences.nan_to_num(nan=torch.inf).mean().abs()
+    return share.expand_as(differences)
 
 
 def unit_widths(run: Particles) -> Tensor | None:
     """Upper less lower stochastic bound of each unit, shape ``(unit,)``; their mean is above 0."""
     if run.reverse_log_weights is None:
         return None
-    return -log_mean_exp(-run.reverse_log_weights) - log_mean_exp(run.log_weights)
+
+    def width(forward: Tensor, reverse: Tensor) -> Tensor:
+        return -log_mean_exp(-reverse) - log_mean_exp(forward)
+
+    return by_blocks(width, run.log_weights, run.reverse_log_weights)
 
 
 def sum_replicates(log_weights: Sequence[Tensor], count: int, *, reverse: bool) -> Tensor:

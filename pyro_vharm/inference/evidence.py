@@ -21,7 +21,12 @@ from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
-from pyro_vharm.particles import Particles, choose_num_replicates, effective_sample_size
+from pyro_vharm.particles import (
+    Particles,
+    by_blocks,
+    choose_num_replicates,
+    effective_sample_size,
+)
 from pyro_vharm.tables import html_table, text_table
 
 __all__ = ["Evidence", "estimate_evidence", "log_evidence", "run_choice"]
@@ -274,7 +279,9 @@ def estimate_evidence(
         per_unit=concatenate(per_unit).with_errors_times(scale),
         lower_replicates=lower,
         upper_replicates=upper,
-        effective_sizes=torch.cat([effective_sample_size(run.log_weights) for run in runs]),
+        effective_sizes=torch.cat(
+            [by_blocks(effective_sample_size, run.log_weights) for run in runs]
+        ),
         num_particles=len(runs[0].log_weights),
         acceptance=_joined([run.acceptance for run in runs]),
         num_nonfinite=sum(run.num_nonfinite for run in runs),

@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind
 from pyro_vharm.inference.region import COARSE, FARTHEST, Region, find_region
-from pyro_vharm.inference.start import StartDensity, match_start
+from pyro_vharm.inference.start import StartDensity, block_starts
 from pyro_vharm.inference.tensor_grid import TensorGrid, evaluate, even_lines
 from pyro_vharm.inference.trapezoidal import TrapezoidalRule, apply_rule
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.minibatches import unit_blocks, unit_selector
+from pyro_vharm.model.minibatches import unit_selector
 from pyro_vharm.particles import Particles, join_units
 
 __all__ = ["MOST_DIMENSIONS", "Quadrature"]
@@ -88,7 +88,6 @@ class Quadrature:
                 f"Quadrature takes units of one to three latent dimensions, not {densities.dim}; "
                 "use AnnealedImportanceSampling"
             )
-        start = match_start(densities, 0.5) if start is None else start
         size = max(_ROWS_AT_ONCE // COARSE[densities.dim] ** densities.dim, 1)
         done = []
         with (
@@ -102,12 +101,12 @@ class Quadrature:
                 leave=False,
             ) as bar,
         ):
-            for units, block in unit_blocks(densities, size):
+            for units, block, own in block_starts(densities, size, 0.5, start):
                 select = unit_selector(block)
-                region = find_region(block, start.select(units), select, self.num_box_steps)
+                region = find_region(block, own, select, self.num_box_steps)
                 for some, particles in self._refine(block, region, select, bar.update):
                     done.append((units[some], particles))
-        return join_units(_of_one_size(done))
+        return join_units(_of_one_size(done), densities.num_units)
 
     def _refine(
         self,

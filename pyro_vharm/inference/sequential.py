@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,10 +14,9 @@ from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
 from pyro_vharm.inference.refitting import refit_start
-from pyro_vharm.inference.start import MatchedStart, PriorStart, StartDensity, match_start
+from pyro_vharm.inference.start import MatchedStart, PriorStart, StartDensity, block_starts
 from pyro_vharm.inference.tempering import temper
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.minibatches import unit_blocks
 from pyro_vharm.particles import (
     Particles,
     drop_nonfinite,
@@ -194,8 +194,8 @@ class SequentialMonteCarlo:
             start: a start density of one's own; by default the prior, or matched to guide draws.
             progress: show a bar.
         """
-        start = match_start(densities, self.start.prior_share) if start is None else start
-        done = []
+        size = max(_ROWS_AT_ONCE // self.num_particles, 1)
+        blocks = block_starts(densities, size, self.start.prior_share, start)
         with tqdm(
             total=densities.num_units,
             desc="sequential",
@@ -204,10 +204,10 @@ class SequentialMonteCarlo:
             delay=2,
             leave=False,
         ) as bar:
-            for units, block in unit_blocks(densities, max(_ROWS_AT_ONCE // self.num_particles, 1)):
-                done.append((units, self._run_block(block, start.select(units))))
-                bar.update(len(units))
-        return join_units(done)
+            parts = (
+                (units, self._run_block(block, own, bar.update)) for units, block, own in blocks
+            )
+            return join_units(parts, densities.num_units)
 
     def pilot(self, densities: UnitDensities, start: StartDensity) -> SequentialPlan:
         """Fix temperatures, step sizes and metrics on a throw-away population."""
@@ -225,10 +225,13 @@ class SequentialMonteCarlo:
             foreseen_variance=tempered.length.lengths.diff(dim=0).square().sum(0),
         )
 
-    def _run_block(self, densities: UnitDensities, start: StartDensity) -> Particles:
+    def _run_block(
+        self, densities: UnitDensities, start: StartDensity, report: Callable[[int], object]
+    ) -> Particles:
         plan = self.pilot(densities, start)
         latents = plan.moves.start.sample(densities, self.num_particles)
         ended = run_sequence(plan, latents, self.group_size, self.least_share, self.num_sweeps)
+        report(densities.num_units)
         return Particles(
             unconstrained=ended.latents,
             log_weights=ended.log_weights,

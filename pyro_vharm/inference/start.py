@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,20 +11,24 @@ from torch import Tensor
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.minibatches import guided_selector, unit_blocks
 
 __all__ = [
     "FEW_DIMS",
+    "Blocks",
     "MatchedStart",
     "PriorStart",
     "StartDensity",
     "UnitGaussian",
+    "block_starts",
     "match_gaussian",
     "match_start",
     "multiply",
+    "select_start",
 ]
 
 FEW_DIMS = 4
-_ROWS_PER_PASS = 2**17
+_ROWS_PER_PASS = 2**15
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,49 @@ def match_start(
         for done in range(0, wanted, per_pass):
             moments.add(densities.draw_latents(min(per_pass, wanted - done)))
     return StartDensity(moments.gaussian(), prior_share)
+
+
+type Blocks = Iterator[tuple[Tensor, UnitDensities, StartDensity]]
+
+
+def block_starts(
+    densities: UnitDensities,
+    size: int,
+    prior_share: float,
+    start: StartDensity | None = None,
+    *,
+    roughly: bool = False,
+) -> Blocks:
+    """Blocks of at most `size` units, with their indices and start densities.
+
+    A block is matched when its turn comes, so that memory does not grow with the units; all are
+    at once where the guide cannot be cut.
+
+    Args:
+        densities: all units.
+        size: the most units of a block.
+        prior_share: see `match_start`.
+        start: a start density of one's own, for all units.
+        roughly: see `match_start`.
+    """
+    select = None
+    if start is None and densities.num_units > size:
+        select = guided_selector(densities)
+    if start is None and select is None:
+        start = match_start(densities, prior_share, roughly=roughly)
+    for units, block in unit_blocks(densities, size):
+        if start is not None:
+            yield units, block, start.select(units)
+        elif select is not None:
+            yield units, block, match_start(select(units), prior_share, roughly=roughly)
+
+
+def select_start(densities: UnitDensities, prior_share: float, units: Tensor) -> StartDensity:
+    """`match_start` for some of the units, in order."""
+    select = guided_selector(densities) if len(units) < densities.num_units else None
+    if select is None:
+        return match_start(densities, prior_share).select(units)
+    return match_start(select(units), prior_share)
 
 
 @dataclass(frozen=True)

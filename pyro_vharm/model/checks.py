@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,7 @@ from pyro_vharm.errors import InputError, LoopedRunsWarning
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.guide_runs import GuideRun, run_guide
+from pyro_vharm.model.minibatches import guided_selector
 from pyro_vharm.model.model_runs import run_model
 from pyro_vharm.model.sites import (
     Site,
@@ -29,6 +30,7 @@ __all__ = ["check_densities", "choose_guide_runs", "choose_model_runs"]
 
 _MANY_PARTICLES, _FEW_PARTICLES = 17, 5  # primes, so as to equal no size in the model by accident
 _MANY_UNITS = 5000  # with which few particles must do, as memory goes with their product
+_UNITS_AT_ONCE = 1000  # where units can be cut
 _NUM_COMPARED = 2
 _MOST_CLASSES = 4
 _FAST = (by_plate, by_vmap)
@@ -63,27 +65,44 @@ def check_densities(
     Warns:
         LoopedRunsWarning: if nothing but a Python loop gives the right numbers.
     """
-    count = _FEW_PARTICLES if densities.num_units > _MANY_UNITS else _MANY_PARTICLES
+    blocks = _blocks(densities)
+    some = next(blocks)
+    count = _FEW_PARTICLES if some.num_units > _MANY_UNITS else _MANY_PARTICLES
     if checked is not None and _same_but_for_runs(checked, densities.structure):
-        alike = replace(densities, structure=checked)
+        alike = replace(some, structure=checked)
         latents = alike.draw_latents(count)
         if _close(alike.log_joint(latents)[:1], alike.plain_log_joint(latents[:1])):
-            _check_masked_out(alike, sites)
-            _check_finite(alike, latents)
-            return alike
-    latents = densities.draw_latents(count)
-    _check_deterministic(densities, latents[:_NUM_COMPARED])
+            _check_masked_out(densities, sites)
+            _check_finite(alike, latents, blocks)
+            return replace(densities, structure=checked)
+    latents = some.draw_latents(count)
+    _check_deterministic(some, latents[:_NUM_COMPARED])
     _check_masked_out(densities, sites)
     structure = densities.structure
-    if densities.has_guide_density:
-        assert densities.guide is not None
-        runs = choose_guide_runs(densities.guide, densities.batch, structure, count)
+    if some.has_guide_density:
+        assert some.guide is not None
+        runs = choose_guide_runs(some.guide, some.batch, structure, count)
         structure = replace(structure, guide_runs=runs)
-    runs = choose_model_runs(densities, latents)
-    chosen = replace(densities, structure=replace(structure, model_runs=runs))
-    _check_finite(chosen, latents)
+    structure = replace(structure, model_runs=choose_model_runs(some, latents))
+    chosen = replace(some, structure=structure)
+    _check_finite(chosen, latents, blocks)
     _check_independent(chosen, latents[:_NUM_COMPARED])
-    return chosen
+    return replace(densities, structure=structure)
+
+
+def _blocks(densities: UnitDensities) -> Iterator[UnitDensities]:
+    """Many units in random blocks, so that memory does not grow with them; all where that fails.
+
+    What holds for any units holds for those of the first: that some have the same densities alone
+    as among all says that they depend on no others.
+    """
+    units = torch.arange(densities.num_units, device=densities.device)
+    select = guided_selector(densities) if len(units) > _UNITS_AT_ONCE else None
+    if select is None:
+        yield densities
+        return
+    for part in units[torch.randperm(len(units))].tensor_split(-(-len(units) // _UNITS_AT_ONCE)):
+        yield select(part)
 
 
 def _same_but_for_runs(checked: Structure, structure: Structure) -> bool:
@@ -176,8 +195,23 @@ def _check_deterministic(densities: UnitDensities, latents: Tensor) -> None:
         )
 
 
-def _check_finite(densities: UnitDensities, latents: Tensor) -> None:
-    """Refuse a model whose log density is finite at no draw from guide or prior, for some unit."""
+def _check_finite(
+    densities: UnitDensities, latents: Tensor, others: Iterable[UnitDensities]
+) -> None:
+    """Refuse a model whose log density is finite at no draw from guide or prior, for some unit.
+
+    Args:
+        densities: of some units.
+        latents: draws for them.
+        others: the other units, to be run in the same way.
+    """
+    _check_finite_at(densities, latents)
+    for block in others:
+        alike = replace(block, structure=densities.structure)
+        _check_finite_at(alike, alike.draw_latents(len(latents)))
+
+
+def _check_finite_at(densities: UnitDensities, latents: Tensor) -> None:
     if bool(torch.isfinite(densities.log_joint(latents)).any(0).all()):
         return
     substitute = UnconstrainedSites(

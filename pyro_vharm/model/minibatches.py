@@ -9,15 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vharm.errors import InputError
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.guide_runs import GuideRun, run_guide
 from pyro_vharm.model.model_runs import run_model_at
 
-__all__ = ["cut_units", "unit_blocks", "unit_selector"]
+__all__ = ["cut_units", "guided_selector", "unit_blocks", "unit_selector"]
 
 _PROBED_UNITS = 64
+_FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 def cut_units(densities: UnitDensities, size: int) -> list[UnitDensities]:
@@ -48,7 +56,8 @@ def unit_blocks(densities: UnitDensities, size: int) -> Iterator[tuple[Tensor, U
     if select is None:
         yield every, densities
         return
-    for part in every.tensor_split(-(-densities.num_units // size)):
+    count = -(-len(every) // size)
+    for part in every.split(-(-len(every) // count)):  # of one size, so that they share a graph
         yield part, select(part)
 
 
@@ -67,9 +76,30 @@ def unit_selector(densities: UnitDensities) -> Callable[[Tensor], UnitDensities]
     def select(units: Tensor) -> UnitDensities:
         return _densities_of(alone, units)
 
-    order = torch.randperm(densities.num_units, device=densities.device)
-    units = order[: min(_PROBED_UNITS, densities.num_units // 2)]
+    units = _probed(densities)
     return select if _gives_the_same(densities, select(units), units) else None
+
+
+def guided_selector(densities: UnitDensities) -> Callable[[Tensor], UnitDensities] | None:
+    """`unit_selector` that keeps the guide's density, if there is one.
+
+    ``None`` where the guide cannot be cut along with the model: with parameters per datum, or
+    where log q can be had in total only.
+    """
+    select = unit_selector(densities)
+    if select is None or not densities.has_guide_density:
+        return select
+    units = _probed(densities)
+    part = _densities_of(densities, units)
+    if not densities.structure.per_unit or not _same_densities(densities, part.batch, units):
+        return None
+    return lambda units: _densities_of(densities, units)
+
+
+def _probed(densities: UnitDensities) -> Tensor:
+    """A few units at random to try a cut on."""
+    order = torch.randperm(densities.num_units, device=densities.device)
+    return order[: min(_PROBED_UNITS, densities.num_units // 2)]
 
 
 def _densities_of(densities: UnitDensities, units: Tensor) -> UnitDensities:
@@ -89,7 +119,7 @@ def _gives_the_same(densities: UnitDensities, part: UnitDensities, units: Tensor
         with torch.no_grad():
             latents = densities.draw_latents(2)
             expected, found = densities.terms(latents), part.terms(latents[:, units])
-    except (InputError, RuntimeError, ValueError, IndexError):
+    except _FAILURES:  # of a model that refuses some of its units
         return False
     tolerance = torch.finfo(densities.dtype).eps ** 0.5
     return all(
@@ -127,7 +157,7 @@ def _same_densities(densities: UnitDensities, part: Batch, units: Tensor) -> boo
             }
             cut = run_guide(guide, part, structure, 2, values)
             cut_joint = _log_joint(densities, part, cut)
-    except (InputError, RuntimeError, ValueError, IndexError):
+    except _FAILURES:  # of a model that refuses some of its units
         return False
     pairs = [(cut_joint, joint), (cut.log_guide, whole.log_guide)]
     return all(
