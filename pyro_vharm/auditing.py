@@ -88,7 +88,8 @@ def audit(
         start: where the learner starts: ``"current"``, ``"fresh"`` or ``"both"``.
         fresh: returns a new, untrained (model, guide), for a start from elsewhere than θ̂. Not
             needed where all parameters of the model are ``pyro.param`` statements.
-        method: the inference method for log evidence; see `log_evidence`.
+        method: the inference method for log evidence, see `log_evidence`, and for the particles
+            of `local_harm`.
         refit: how to refit the guide per unit, and how finely to evaluate an ELBO.
         objective: what θ̂ was trained on, as `SVI` takes it for ``loss=``. With this or `optimizer`
             the harm is split into pull, path and what was not converged; see `reachability`.
@@ -132,7 +133,8 @@ def audit(
         if progress:
             _announce(problem, chosen, learns, num_em_steps, own)
         gap = measure_gap(problem, chosen, refit, progress=progress)
-        local, missed = _look_near(problem, gap, chosen, num_em_steps, progress)
+        particles = None if method is None else chosen
+        local, missed = _look_near(problem, gap, chosen, particles, num_em_steps, progress)
         notes = (*notes, *missed)
         if learns is not None:
             known, journal = _near(problem, local), Journal()
@@ -158,14 +160,19 @@ def audit(
 
 
 def _look_near(
-    problem: Problem, gap: InferenceGap, choice: Choice, num_em_steps: int, progress: bool
+    problem: Problem,
+    gap: InferenceGap,
+    choice: Choice,
+    particles: Choice | None,
+    num_em_steps: int,
+    progress: bool,
 ) -> tuple[LocalHarm | None, tuple[str, ...]]:
     """What shows near θ̂, if it is asked for and can be had; and a note where it cannot."""
     if not num_em_steps or not problem.model_parameters.trainable():
         return None, ()
     try:
         found = measure_local_harm(
-            problem, gap.evidence, choice, None, num_em_steps, progress=progress
+            problem, gap.evidence, choice, particles, num_em_steps, progress=progress
         )
     except NotTwiceDifferentiableError as error:
         return None, (f"Nothing is known of what shows near θ̂: {error}.",)

@@ -1,6 +1,7 @@
 """Schedules, budgets and blocks of units."""
 
 import dataclasses
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -12,7 +13,7 @@ from pyro_vharm.inference import annealing, tempering
 from pyro_vharm.inference.start import match_start
 from pyro_vharm.model.minibatches import unit_blocks, unit_selector
 from pyro_vharm.model.problem import prepare
-from pyro_vharm.particles import log_mean_exp
+from pyro_vharm.particles import log_mean_exp, relative_variance
 from tests.statistics import assert_mean, rejects
 from tests.zoo import linear_gaussian, two_modes
 from tests.zoo.hard import correlated
@@ -26,6 +27,51 @@ LENGTH = vh.ThermodynamicLength(
 
 def densities_of(case):
     return prepare(case.model, case.guide, case.data).densities[0]
+
+
+def foreseen_log(log_weights):
+    """σ² as `_lognormal_variance` has it: log(1 + V)."""
+    return annealing._lognormal_variance(log_weights).log1p()
+
+
+def test_the_variance_of_lognormal_weights_is_that_of_their_logs():
+    """V = exp(σ²) − 1 whatever their mean, and next to nothing added changes it little.
+
+    Shares ∝ √w tilt N(μ, σ²) to N(μ + σ²/2, σ²); fixed shares s leave σ² (1 − Σ s²) on average.
+    """
+    sigma = torch.tensor([0.3, 1.0]).repeat(100)
+    log_weights = sigma * torch.randn(20_000, 200) - 700.0
+    found = foreseen_log(log_weights)
+    for start, value in enumerate((0.3, 1.0)):
+        assert_mean(found[start::2], value**2)
+    assert rejects(annealing._lognormal_variance(log_weights)[1::2], 1.0), "V is not σ²"
+    light = torch.where(torch.rand(20_000, 200) < 0.3, log_weights - 60.0, log_weights)
+    assert_mean(foreseen_log(light)[1::2], 1.0)
+    assert rejects(light.var(0)[1::2], 1.0), "a wrong twin: all particles alike"
+    none = torch.cat([log_weights, torch.full((50, 200), -torch.inf)])
+    assert torch.allclose(foreseen_log(none), found)
+
+
+def test_the_variance_of_few_lognormal_weights_is_not_low():
+    log_weights = 0.1 * torch.randn(16, 20_000) + 3.0
+    assert_mean(foreseen_log(log_weights), 0.01)
+    share = torch.softmax(0.5 * log_weights, 0)
+    plain = (share * (log_weights - (share * log_weights).sum(0)).square()).sum(0)
+    assert rejects(plain, 0.01), "a wrong twin: divided by the number, not the degrees of freedom"
+
+
+def test_few_weights_foresee_more_than_they_show():
+    """Of 16 weights with V = e² − 1 ≈ 6.4 few have one of the largest among them."""
+    log_weights = 2**0.5 * torch.randn(16, 20_000)
+    true = math.expm1(2.0)
+    short = [
+        float((found < 0.25 * true).double().mean())
+        for found in (relative_variance(log_weights), annealing._lognormal_variance(log_weights))
+    ]
+    assert short[1] < 0.5 * short[0], short
+    most = annealing._lognormal_variance(9.0 * torch.randn(16, 100))
+    assert bool((most <= 16).all()), "never more than their number"
+    assert annealing._lognormal_variance(torch.full((16, 1), -torch.inf)).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

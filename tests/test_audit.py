@@ -112,6 +112,19 @@ def test_the_reference_is_not_short_of_what_is_near():
     assert any(attempt.name.startswith("near θ̂:") for attempt in audit.reference.attempts)
 
 
+def test_a_method_of_ones_own_is_that_of_the_particles_near_by():
+    """As a finding advises where units rest on few of them; it was left at quadrature."""
+    harmed = sign_symmetric(20)
+    harmed.install()
+    options = {"reference": harmed.learned, "refit": QUICK, "num_em_steps": 1, "progress": False}
+
+    def near(method):
+        return vh.audit(harmed.model, harmed.guide, harmed.data, method=method, **options).local
+
+    assert near(None).predicted.kind is vh.Kind.NUMERICAL
+    assert near(vh.ImportanceSampling(300)).predicted.kind is vh.Kind.ESTIMATED
+
+
 def test_where_no_harm_is_found_the_blind_spots_are_named():
     harmed = collapsed_mixture()
     harmed.install()

@@ -1,5 +1,6 @@
 """Laws 1–5, 8 and 10 of evidence, each over every inference method that it applies to."""
 
+import math
 from dataclasses import replace
 
 import pyro
@@ -356,3 +357,50 @@ def test_law_8_in_reverse_they_raise_the_bound(method, undefined):
     assert run.num_nonfinite > 0
     inverse = log_mean_exp(exact - run.reverse_log_weights).exp()
     assert float(inverse.mean()) < 1 + Z * float(inverse.std()) / REPEATS**0.5
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_law_8_of_a_bridge(undefined):
+    """Draws of the proposal without a density weigh nothing; no chain stays where there is none."""
+    densities, exact = undefined
+    run = BRIDGE.run(densities)
+    assert run.num_nonfinite > 0
+    units = estimate_units(run)
+    assert bool(torch.isfinite(units.errors).all())
+    assert_mean((units.values - exact).exp(), BELOW)
+    squares = ((units.values - exact - math.log(BELOW)) / units.errors).square()
+    assert_mean(squares, 1.0)
+    posterior = dist.Normal(DATUM / 2, 0.5**0.5)
+    left_out = float(posterior.cdf(torch.tensor(CUT)))  # by a proposal that is the posterior
+    assert rejects((units.values - exact).exp() / left_out, BELOW), (
+        "a wrong twin: as if never drawn"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_law_8_of_a_chain_that_begins_where_there_is_no_density(undefined):
+    densities, _ = undefined
+    path = BRIDGE.draws.kernel.moves(densities, match_start(densities, 0.0), 4, 1).path
+    latents = torch.full((4, REPEATS, 1), CUT + 1.0)
+    latents[1, :9] = 0.5  # all others have none to go to
+    state = path.state(path.position(latents)).where_defined()
+    assert torch.allclose(path.latents(state.position)[:, :9], torch.tensor(0.5))
+    assert bool(torch.isnan(state.log_joint[:, 9:]).all())
+    latents = torch.linspace(-1.0, 1.0, 4)[:, None, None].expand(-1, REPEATS, -1)
+    state = path.state(path.position(latents))
+    assert state.where_defined() is state, "else nothing is drawn, and nothing changes"
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_law_8_of_quadrature(undefined):
+    """The integral is that below, and no error is claimed for what is not known."""
+    densities, exact = undefined
+    run = vh.Quadrature().run(densities)
+    assert run.num_nonfinite > 0
+    units = estimate_units(run)
+    assert float((units.values - exact - math.log(BELOW)).abs().max()) < 1e-4
+    assert bool(torch.isinf(units.errors).all())
+    evidence = vh.log_evidence(
+        undefined_above, (torch.full((3,), DATUM),), method=vh.Quadrature(), progress=False
+    )
+    assert evidence.standing == "doubtful" and evidence.num_nonfinite > 0

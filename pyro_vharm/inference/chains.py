@@ -244,7 +244,7 @@ class HamiltonianMonteCarlo:
         ahead = self.num_warmup + self.num_draws
         plain = replace(start, prior_share=0.0)  # the other end of a path that is not walked
         moves = self.kernel.moves(densities, plain, self.num_chains, ahead, own_metric=True)
-        state = moves.at(self._first(densities, start))
+        state = moves.at(self._first(densities, start)).where_defined()
         step_size, metric = first_step_sizes(state), start.gaussian.scale_tril
         lengths = [max(int(share * self.num_warmup), 2) for share in _WINDOWS]
         for i, length in enumerate(lengths):

@@ -51,6 +51,19 @@ class PathState(NamedTuple):
         pairs = zip(self, other, strict=True)
         return PathState(*(torch.where(_like(accepted, a), a, b) for a, b in pairs))
 
+    def where_defined(self) -> PathState:
+        """Particles without a finite density moved to others of their unit that have one.
+
+        No transition leads away from where density and gradient are no numbers.
+        """
+        defined = torch.isfinite(self.log_joint)
+        if bool(defined.all()):
+            return self
+        some = (defined | ~defined.any(0)).double()  # a unit without any keeps what it has
+        drawn = torch.multinomial(some.T, len(some), replacement=True).T
+        own = torch.arange(len(some), device=drawn.device)[:, None]
+        return self.take(torch.where(defined, own, drawn))
+
     def take(self, index: Tensor) -> PathState:
         """The states of other particles, by index ``(particle, unit)``."""
         return PathState(*(field.gather(0, _like(index, field).expand_as(field)) for field in self))
