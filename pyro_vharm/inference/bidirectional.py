@@ -147,6 +147,7 @@ def bdmc(
             [batch for batch, _ in parts],
             unit_plate=given.layout.plate,
             parameters=given.declared,
+            checked=given.densities[0].structure,
         )
         runs = []
         for densities, (_, simulation) in zip(problem.densities, parts, strict=True):

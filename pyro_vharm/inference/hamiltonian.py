@@ -93,10 +93,16 @@ class HamiltonianKernel:
     def _example(
         self, path: AnnealingPath, layout: _Layout, num_particles: int
     ) -> tuple[Tensor, ...]:
-        """A transition to try: what it depends on, random numbers among it."""
+        """A transition to try: what it depends on, random numbers among it.
+
+        From the start's mean, where densities and slopes count as 0: what is to be tried are the
+        time it takes, and whether a graph gives the same numbers.
+        """
         mean = path.start.gaussian.mean
-        state = path.state(path.position(mean.expand(num_particles, -1, -1).clone()))
-        per_pair = torch.full_like(state.log_joint, 0.5)
+        position = path.position(mean.expand(num_particles, -1, -1).clone())
+        slope, density = torch.zeros_like(position), torch.zeros_like(position[..., 0])
+        state = PathState(position, density, density.clone(), slope, slope.clone())
+        per_pair = torch.full_like(density, 0.5)
         momentum = layout.pack(0.1 + torch.zeros_like(state.position), 1)
         return (*layout.pack_state(state), momentum, per_pair, per_pair[0], 0.1 * per_pair[0])
 

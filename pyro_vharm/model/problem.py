@@ -74,6 +74,7 @@ def prepare(
     parameters: Sequence[str] = (),
     name: str = "data",
     heldout: bool = False,
+    checked: Structure | None = None,
 ) -> Problem:
     """Run model and guide once on each batch, and check all that can be checked at once.
 
@@ -86,6 +87,8 @@ def prepare(
             prior is part of the log evidence, an equal share of it of each unit's.
         name: the argument's name, for messages.
         heldout: leave that log prior out.
+        checked: the structure that checks found for other data of this model and guide, so that
+            fewer are left.
 
     Raises:
         InputError: if model, guide and data do not fit together, or are of a kind that is not
@@ -96,7 +99,7 @@ def prepare(
     declared = model.names if isinstance(model, DeclaredModel) else ()
     densities: list[UnitDensities] = []
     for batch in batches:
-        checked = densities[0].structure if densities else None
+        checked = densities[0].structure if densities else checked
         densities += _batch_densities(model, guide, batch, unit_plate, declared, checked)
     densities = _share_prior(densities, math.inf if heldout else None) if declared else densities
     first = densities[0].structure
