@@ -59,7 +59,7 @@ class GradientLearner:
 
     objective: UnitObjective = field(default_factory=_importance_weighted)
     num_steps: int = 3000
-    learning_rate: float = 0.03
+    learning_rate: float = 0.01
     batch_size: int = 250
     max_rounds: int = 3
     guide_training: GuideTraining = field(default_factory=GuideTraining)

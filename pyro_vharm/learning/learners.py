@@ -53,12 +53,12 @@ class Learner(Protocol):
 
 
 def _stages() -> tuple[Learner, ...]:
-    # most of the way by cheap steps; smaller ones later, for what these left
-    chains = MarkovChainEM(8, chains=PersistentChains())
+    # most of the way by cheap and large steps; smaller ones later, for what these left
+    cheap = ImportanceWeightedELBO(10)
     return (
-        GradientLearner(ImportanceWeightedELBO(10), num_steps=2000, max_rounds=6),
-        GradientLearner(ImportanceWeightedELBO(50), learning_rate=0.01, max_rounds=2),
-        GradientLearner(chains, learning_rate=0.01),
+        GradientLearner(cheap, num_steps=2000, learning_rate=0.03, max_rounds=6),
+        GradientLearner(ImportanceWeightedELBO(50), max_rounds=2),
+        GradientLearner(MarkovChainEM(8, chains=PersistentChains())),
     )
 
 
