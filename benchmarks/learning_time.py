@@ -6,6 +6,7 @@ idle core it is the wall time of one thread.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,15 +26,23 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
+class _TimeIsUpError(Exception):
+    """The budget is spent."""
+
+
 @dataclass
 class TimedRun(LearningRun):
-    """A run whose checkpoints carry ``seconds`` since it began."""
+    """A run whose checkpoints carry ``seconds`` since it began, and that ends when they are up."""
 
     begun: float = field(default_factory=cpu_seconds)
+    budget: float = math.inf
 
     def note(self, **scalars: float) -> None:
         """Take a checkpoint, with the time."""
-        super().note(**scalars, seconds=cpu_seconds() - self.begun)
+        seconds = cpu_seconds() - self.begun
+        super().note(**scalars, seconds=seconds)
+        if seconds > self.budget:
+            raise _TimeIsUpError
 
 
 class Learned(NamedTuple):
@@ -54,19 +63,34 @@ class Learned(NamedTuple):
     checkpoints: tuple[Checkpoint, ...]
 
 
-def learn_from_here(problem: Problem, learner: Learner, seed: int) -> Learned:
+def learn_from_here(
+    problem: Problem, learner: Learner, seed: int, budget: float = math.inf
+) -> Learned:
     """Let a learner go from the present parameters, and put these back.
+
+    Args:
+        problem: model, guide and data.
+        learner: it is cut short where its time is up.
+        seed: of its random numbers.
+        budget: seconds of CPU.
 
     Raises:
         InputError: if the learner cannot learn from the problem.
     """
     with untouched(seed, problem.model, problem.guide):
         learner.check(problem)
-        run = TimedRun(problem, Journal(), False)
+        run = TimedRun(problem, Journal(), False, budget=budget)
         here = run.values()
         try:
-            ending = learner.learn(run)
+            ending = _ending(learner, run)
             seconds = cpu_seconds() - run.begun
             return Learned(run.values(), ending, run.num_steps, seconds, tuple(run.checkpoints))
         finally:
             run.assign(here)
+
+
+def _ending(learner: Learner, run: TimedRun) -> Ending:
+    try:
+        return learner.learn(run)
+    except _TimeIsUpError:
+        return Ending(False, f"{run.budget:.0f} seconds of CPU")

@@ -101,6 +101,7 @@ def main() -> None:
         learner=vh.GradientLearner(
             vh.ImportanceWeightedELBO(50),
             num_steps=options.reference_steps,
+            learning_rate=0.003,
             batch_size=BATCH_SIZE,
             max_rounds=1,
         ),

@@ -17,7 +17,7 @@ import pyro_vharm as vh
 from pyro_vharm.learning import gradient_learner, starts
 from pyro_vharm.learning.journal import Journal, open_journal
 from pyro_vharm.learning.learners import choose_learner
-from pyro_vharm.learning.learning_run import LearningRun
+from pyro_vharm.learning.learning_run import Ending, LearningRun
 from pyro_vharm.learning.quasi_newton import descend
 from pyro_vharm.model.parameters import Parameters
 from pyro_vharm.model.problem import prepare
@@ -343,21 +343,69 @@ def test_an_attempt_that_fails_is_reported(monkeypatch):
     assert float(reference.parameters["scale"]) == pytest.approx(EXACT, rel=0.01)
 
 
-def test_climbing_stops_where_a_stage_gains_nothing():
-    class Idle(vh.ExactLearner):
-        def learn(self, run):
-            ended.append(1)
-            return super().learn(run)
+class Harmful(vh.ExactLearner):
+    """Leaves the scale where log evidence is far lower."""
 
-    ended = []
+    def learn(self, run):
+        run.problem.model_parameters.assign({"scale": torch.tensor(-5.0, dtype=torch.float64)})
+        return Ending(True, "did harm")
+
+
+def test_climbing_tries_every_stage_and_undoes_one_that_lowers_log_evidence():
     start = vh.GradientLearner(vh.ExactEvidence(), 5, 0.05, **OPTIONS)
-    stages = (start, LEARNERS["exact"], Idle(), Idle())
-    learner = vh.ClimbingLearner(stages, vh.GuideTraining(0))
-    reference = learn(learner)
-    assert float(reference.parameters["scale"]) == pytest.approx(EXACT, rel=0.01)
-    assert ended == [1], "the last stage is not reached"
-    assert "ExactEvidence, then exact evidence" in reference.attempts[1].name
-    assert reference.attempts[1].ending.startswith("converged: exact evidence: ")
+    for stages in ((start, Harmful(), LEARNERS["exact"]), (start, LEARNERS["exact"], Harmful())):
+        reference = learn(vh.ClimbingLearner(stages, vh.GuideTraining(0)))
+        assert float(reference.parameters["scale"]) == pytest.approx(EXACT, rel=0.01)
+        attempt = reference.attempts[1]
+        assert "ExactEvidence, then exact evidence" in attempt.name
+        assert attempt.ending.startswith("converged: exact evidence: ")
+        assert reference.history[-1].scalars["evidence"] == pytest.approx(
+            log_evidence(EXACT) / len(V), abs=1e-3
+        )
+    assert attempt.ending.endswith("did harm")
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """The step sizes of the rounds; at 100 they throw θ far off, at 10 gradients are not finite."""
+    taken = []
+    minimise = gradient_learner.minimise
+
+    def watched(loss, leaves, schedule, **options):
+        taken.append(schedule.learning_rate)
+        if schedule.learning_rate == 100:
+            with torch.no_grad():
+                leaves[0].add_(10.0)
+        elif schedule.learning_rate == pytest.approx(10):
+            with torch.no_grad():
+                leaves[0].add_(-10.0)
+            raise FloatingPointError("no finite gradient")
+        else:
+            minimise(loss, leaves, schedule, **options)
+
+    monkeypatch.setattr(gradient_learner, "minimise", watched)
+    return taken
+
+
+def test_a_round_that_lowers_log_evidence_is_undone_and_the_next_takes_smaller_steps(
+    rates, tmp_path
+):
+    learner = vh.GradientLearner(vh.ExactEvidence(), 60, 100.0, **(OPTIONS | {"max_rounds": 5}))
+    reference = learn(learner, checkpoint=tmp_path)
+    assert rates == pytest.approx([100, 10, 1, 1]), "as large as the last one that paid"
+    assert log_evidence(float(reference.parameters["scale"])) > log_evidence(EXACT) - 0.1
+    rates.clear()
+    assert learn(learner, checkpoint=tmp_path).attempts == reference.attempts
+    assert rates == pytest.approx([10]), "only what left nothing behind is done again"
+
+
+def test_a_learner_whose_last_round_does_harm_says_so(rates):
+    (_, attempt) = learn(vh.GradientLearner(vh.ExactEvidence(), 60, 100.0, **OPTIONS)).attempts
+    assert "fell in round 1, which was undone" in attempt.ending
+    assert attempt.log_evidence.value == pytest.approx(log_evidence(0.3), abs=1e-4)
+    two = vh.GradientLearner(vh.ExactEvidence(), 60, 100.0, **(OPTIONS | {"max_rounds": 2}))
+    with pytest.raises(FloatingPointError, match="no finite gradient"):
+        learn(two)
 
 
 def test_what_auto_takes(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
-from pyro_vharm.estimates import Estimate, concatenate
+from pyro_vharm.estimates import Estimate, Kind, concatenate
 from pyro_vharm.learning.foresight import timed
 from pyro_vharm.learning.guide_training import GuideTraining
 from pyro_vharm.learning.journal import random_state, set_random_state
@@ -29,6 +29,7 @@ __all__ = ["GradientLearner"]
 _PARTIAL = "partial"
 _EVALUATIONS, _LEAST_SHORTFALL = 16, 0.5
 _MOST_DOUBLINGS, _CHECKPOINTS, _STEPS_PER_FILE = 20, 20, 100
+_SMALLER = 0.1  # steps, after a round in which log evidence fell
 
 
 def _importance_weighted() -> UnitObjective:
@@ -41,10 +42,11 @@ class GradientLearner:
 
     After each round, the log evidence of a few hundred units is looked at. Where going as far
     again in the same direction raises it, that is done, again and again: a learner whose steps are
-    small beside the distance it has to go ends somewhere on the way. The learner has converged
-    when a round raises log evidence by no more than its error, or 0.05 nats; the better end of
-    that round is kept. Where its bound is then more than half a nat below log evidence, it says so:
-    it has followed the bound, which need not be highest where log evidence is.
+    small beside the distance it has to go ends somewhere on the way. Where a round lowers it, its
+    steps were too large: it is undone, and the next one takes steps of a tenth. The learner has
+    converged when a round changes log evidence by no more than its error, or 0.05 nats; the better
+    end of that round is kept. Where its bound is then more than half a nat below log evidence, it
+    says so: it has followed the bound, which need not be highest where log evidence is.
 
     Args:
         objective: one of this package's, such as `ImportanceWeightedELBO` or `MarkovChainEM`. Each
@@ -60,8 +62,8 @@ class GradientLearner:
 
     objective: UnitObjective = field(default_factory=_importance_weighted)
     num_steps: int = 3000
-    learning_rate: float = 0.003
-    batch_size: int = 100
+    learning_rate: float = 0.01
+    batch_size: int = 250
     max_rounds: int = 3
     guide_training: GuideTraining = field(default_factory=GuideTraining)
 
@@ -101,21 +103,30 @@ class GradientLearner:
         return self.max_rounds * self.num_steps * timed(step)
 
     def learn(self, run: LearningRun) -> Ending:
-        """Train θ and φ, in place."""
+        """Train θ and φ, in place.
+
+        Raises:
+            FloatingPointError: if the gradient is not finite in the last round.
+        """
         reached = run.evidence("before")
         run.note(evidence=reached.per_unit.value)
+        rate, ending = self.learning_rate, Ending(False, "")
         for i in range(self.max_rounds):
+            before = run.values()
             with run.stage(f"round-{i}"):
-                before = run.values()
-                run.piece("steps", partial(self._descend, run))
-                now = _go_further(run, before)
-            if not is_higher(now, reached):
-                if now.value < reached.value:
-                    run.assign(before)
+                now = self._round(run, rate, last=i + 1 == self.max_rounds)
+            if is_higher(now, reached):
+                reached, ending = now, Ending(False, f"log evidence still rose in round {i + 1}")
+                continue
+            if not now.value >= reached.value:
+                run.assign(before)
+                run.note(evidence=reached.per_unit.value)
+            if math.isfinite(now.value) and not is_higher(reached, now):
                 reason = f"log evidence rose no further in round {i + 1}"
                 return Ending(True, reason + self._shortfall(run, max(now, reached, key=_value)))
-            reached = now
-        return Ending(False, f"log evidence still rose in round {self.max_rounds}")
+            rate *= _SMALLER
+            ending = Ending(False, f"log evidence fell in round {i + 1}, which was undone")
+        return ending
 
     def _shortfall(self, run: LearningRun, reached: Estimate) -> str:
         """How far a lower bound is below log evidence where it ended, in words, if it is far.
@@ -145,7 +156,18 @@ class GradientLearner:
         values = torch.tensor(totals, dtype=torch.float64)
         return {"value": float(values.mean()), "error": float(values.std()) / len(values) ** 0.5}
 
-    def _descend(self, run: LearningRun) -> None:
+    def _round(self, run: LearningRun, rate: float, *, last: bool) -> Estimate:
+        """Steps, and farther on where that pays; what log evidence came to."""
+        before = run.values()
+        try:
+            run.piece("steps", partial(self._descend, run, rate))
+        except FloatingPointError:
+            if last:
+                raise
+            return Estimate(-math.inf, 0.0, run.probe.num_units, Kind.ESTIMATED)
+        return _go_further(run, before)
+
+    def _descend(self, run: LearningRun, rate: float) -> None:
         problem = run.problem
         batches = [part for d in problem.densities for part in cut_units(d, self.batch_size)]
         objectives = [self.objective.renewed() for _ in batches]  # chains are those of one batch
@@ -161,7 +183,7 @@ class GradientLearner:
         minimise(
             loss,
             leaves,
-            Schedule(self.num_steps, self.learning_rate),
+            Schedule(self.num_steps, rate),
             description="learning",
             progress=run.progress,
             keeper=_Keeper(run, objectives, self.num_steps),
