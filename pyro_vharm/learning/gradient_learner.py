@@ -42,8 +42,9 @@ class GradientLearner:
     again in the same direction raises it, that is done, again and again: a learner whose steps are
     small beside the distance it has to go ends somewhere on the way. Where a round lowers it, its
     steps were too large: it is undone, and the next one takes steps of a tenth. The learner has
-    converged when a round changes log evidence by no more than its error, or 0.05 nats; the better
-    end of that round is kept.
+    converged when a round neither raises log evidence, by more than 0.05 nats, nor lowers it by
+    more than its error; the better end of that round is kept. A rise within the error may be one:
+    it is kept, another round follows, and is held against what was reached for certain.
 
     Args:
         objective: one of this package's, such as `ImportanceWeightedELBO` or `MarkovChainEM`. Each
@@ -118,6 +119,9 @@ class GradientLearner:
             if not now.value >= reached.value:
                 run.assign(before)
                 run.note(evidence=reached.per_unit.value)
+            elif _undecided(now, reached):
+                ending = Ending(False, f"log evidence rose within its error in round {i + 1}")
+                continue
             if math.isfinite(now.value) and not is_higher(reached, now):
                 return Ending(True, f"log evidence rose no further in round {i + 1}")
             rate *= _SMALLER
@@ -201,6 +205,12 @@ class _Keeper:
                 "random_state": random_state(),
             }
             self.run.journal.write(_PARTIAL, content)
+
+
+def _undecided(now: Estimate, reached: Estimate) -> bool:
+    """Whether log evidence may have risen, by looks whose errors are too large to tell."""
+    exactly = (Estimate(e.value, 0.0, e.num_units, e.kind) for e in (now, reached))
+    return is_higher(*exactly)
 
 
 def _go_further(run: LearningRun, before: Values) -> Estimate:
