@@ -14,6 +14,7 @@ import torch
 from torch.distributions import constraints, kl_divergence
 
 import pyro_vharm as vh
+from pyro_vharm.estimates import Estimate, Kind
 from pyro_vharm.learning import gradient_learner, starts
 from pyro_vharm.learning.journal import Journal, open_journal
 from pyro_vharm.learning.learners import choose_learner
@@ -406,6 +407,25 @@ def test_a_learner_whose_last_round_does_harm_says_so(rates):
     two = vh.GradientLearner(vh.ExactEvidence(), 60, 100.0, **(OPTIONS | {"max_rounds": 2}))
     with pytest.raises(FloatingPointError, match="no finite gradient"):
         learn(two)
+
+
+def test_a_rise_within_the_error_is_no_convergence(monkeypatch):
+    def noisy(run, name):
+        return Estimate(next(looks), 0.5, len(V), Kind.ESTIMATED)
+
+    monkeypatch.setattr(LearningRun, "evidence", noisy)
+    problem = prepare(model, guide, (V,))
+    for most, reason in ((1, "rose within its error in round 1"), (3, "still rose in round 3")):
+        looks = iter([-9.0, -8.0, -8.0, -7.0, -9.0, -5.5, -9.0])  # a doubling after each round
+        options = OPTIONS | {"max_rounds": most}
+        run = LearningRun(problem, Journal(), False)
+        ending = vh.GradientLearner(vh.ExactEvidence(), 2, 0.01, **options).learn(run)
+        assert not ending.converged and ending.reason.endswith(reason)
+    looks = iter([-9.0, -9.1, -9.1])
+    ending = vh.GradientLearner(vh.ExactEvidence(), 2, 0.01, **OPTIONS).learn(
+        LearningRun(problem, Journal(), False)
+    )
+    assert ending.converged, "a fall within the error is"
 
 
 def test_what_auto_takes(monkeypatch):

@@ -44,9 +44,11 @@ class GradientLearner:
     again in the same direction raises it, that is done, again and again: a learner whose steps are
     small beside the distance it has to go ends somewhere on the way. Where a round lowers it, its
     steps were too large: it is undone, and the next one takes steps of a tenth. The learner has
-    converged when a round changes log evidence by no more than its error, or 0.05 nats; the better
-    end of that round is kept. Where its bound is then more than half a nat below log evidence, it
-    says so: it has followed the bound, which need not be highest where log evidence is.
+    converged when a round neither raises log evidence, by more than 0.05 nats, nor lowers it by
+    more than its error; the better end of that round is kept. A rise within the error may be one:
+    it is kept, another round follows, and is held against what was reached for certain. Where the
+    bound is more than half a nat below log evidence in the end, the learner says so: it has
+    followed the bound, which need not be highest where log evidence is.
 
     Args:
         objective: one of this package's, such as `ImportanceWeightedELBO` or `MarkovChainEM`. Each
@@ -108,7 +110,7 @@ class GradientLearner:
         Raises:
             FloatingPointError: if the gradient is not finite in the last round.
         """
-        reached = run.evidence("before")
+        reached = here = run.evidence("before")
         run.note(evidence=reached.per_unit.value)
         rate, ending = self.learning_rate, Ending(False, "")
         for i in range(self.max_rounds):
@@ -116,17 +118,23 @@ class GradientLearner:
             with run.stage(f"round-{i}"):
                 now = self._round(run, rate, last=i + 1 == self.max_rounds)
             if is_higher(now, reached):
-                reached, ending = now, Ending(False, f"log evidence still rose in round {i + 1}")
+                reached = here = now
+                ending = Ending(False, f"log evidence still rose in round {i + 1}")
                 continue
-            if not now.value >= reached.value:
+            if now.value >= reached.value:
+                here = now
+                if _undecided(now, reached):
+                    ending = Ending(False, f"log evidence rose within its error in round {i + 1}")
+                    continue
+            else:
                 run.assign(before)
                 run.note(evidence=reached.per_unit.value)
             if math.isfinite(now.value) and not is_higher(reached, now):
-                reason = f"log evidence rose no further in round {i + 1}"
-                return Ending(True, reason + self._shortfall(run, max(now, reached, key=_value)))
+                ending = Ending(True, f"log evidence rose no further in round {i + 1}")
+                break
             rate *= _SMALLER
             ending = Ending(False, f"log evidence fell in round {i + 1}, which was undone")
-        return ending
+        return ending._replace(reason=ending.reason + self._shortfall(run, here))
 
     def _shortfall(self, run: LearningRun, reached: Estimate) -> str:
         """How far a lower bound is below log evidence where it ended, in words, if it is far.
@@ -235,8 +243,10 @@ class _Keeper:
             self.run.journal.write(_PARTIAL, content)
 
 
-def _value(found: Estimate) -> float:
-    return found.value
+def _undecided(now: Estimate, reached: Estimate) -> bool:
+    """Whether log evidence may have risen, by looks whose errors are too large to tell."""
+    exactly = (Estimate(e.value, 0.0, e.num_units, e.kind) for e in (now, reached))
+    return is_higher(*exactly)
 
 
 def _go_further(run: LearningRun, before: Values) -> Estimate:
