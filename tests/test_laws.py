@@ -394,8 +394,9 @@ def test_law_8_of_a_chain_that_begins_where_there_is_no_density(undefined):
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
 def test_law_8_of_quadrature(undefined):
     """The integral is that below, and no error is claimed for what is not known."""
-    densities, exact = undefined
-    run = vh.Quadrature().run(densities)
+    _, exact = undefined
+    few = prepare(undefined_above, None, (torch.full((5,), DATUM),)).densities[0]
+    run = vh.Quadrature().run(few)
     assert run.num_nonfinite > 0
     units = estimate_units(run)
     assert float((units.values - exact - math.log(BELOW)).abs().max()) < 1e-4
