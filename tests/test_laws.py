@@ -399,7 +399,7 @@ def test_law_8_of_quadrature(undefined):
     run = vh.Quadrature().run(few)
     assert run.num_nonfinite > 0
     units = estimate_units(run)
-    assert float((units.values - exact - math.log(BELOW)).abs().max()) < 1e-4
+    assert float((units.values - exact[:5] - math.log(BELOW)).abs().max()) < 1e-4
     assert bool(torch.isinf(units.errors).all())
     evidence = vh.log_evidence(
         undefined_above, (torch.full((3,), DATUM),), method=vh.Quadrature(), progress=False
