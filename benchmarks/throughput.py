@@ -26,11 +26,8 @@ from torch import Tensor
 from benchmarks.problems import NUM_PARTICLES, PROBLEMS, Problem
 from benchmarks.tables import print_table
 from benchmarks.timing import time_interleaved
-from pyro_vharm.inference.annealing import (
-    AnnealedImportanceSampling,
-    AnnealedPlan,
-    anneal_forward,
-)
+from pyro_vharm.inference.annealed_runs import AnnealedPlan, anneal_forward
+from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.start import MatchedStart, match_start
 from pyro_vharm.model.compilation import Accelerated, compiled, eager, traced
 from pyro_vharm.model.problem import prepare

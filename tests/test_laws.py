@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 
 import pyro_vharm as vh
-from pyro_vharm.inference.annealing import anneal_forward
+from pyro_vharm.inference.annealed_runs import anneal_forward
 from pyro_vharm.inference.estimation import estimate_units
 from pyro_vharm.inference.sequential import run_sequence
 from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_start
