@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.widths import CLASSICAL, JAX, OURS, Point
 
@@ -57,6 +58,7 @@ def draw(points: Sequence[Point], width: float) -> Figure:
             )
         axis.axhline(width, color="0.6", linewidth=0.8, zorder=0)
         axis.set(xscale="log", yscale="log", title=f"VAE {name}", xlabel="CPU seconds")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("mean width / nats")
     axes[0, -1].legend(frameon=False, fontsize=8)
