@@ -144,6 +144,18 @@ def test_a_funnel_is_refused():
     assert not bool(good.any())
 
 
+def test_slopes_too_steep_for_the_dtype_are_refused():
+    """Their squares overflow in single precision, which no decomposition survives."""
+
+    def model(v):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("v", dist.Normal(h.sum(-1), 1e-9), obs=v)
+
+    _, good = matched(model, (torch.linspace(-1, 1, 10),))
+    assert not bool(good.any())
+
+
 def test_only_units_that_are_not_gaussian_are_tempered(monkeypatch):
     """And those come out as a tempered population has them: wide enough for both modes."""
     v = torch.tensor([1.5, -1.0]).repeat(30)

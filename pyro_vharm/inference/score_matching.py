@@ -24,6 +24,7 @@ __all__ = [
 _LEAST_PAIRS, _PULL = 8, 10.0
 _SCOUTS_PER_CLIMBER = 4
 _FAR = 2.5  # standard deviations of a peak from the mean
+_STEEPEST = 0.3  # a power of the largest number: matching squares scores, and sums them
 _LEVEL = 0.5  # nats that a Newton step may still gain
 _NEW_MASS = 0.5  # nats that draws of the prior may add
 
@@ -53,14 +54,16 @@ class ScoredDraws(NamedTuple):
 def score_draws(densities: UnitDensities, gaussian: UnitGaussian, whitened: Tensor) -> ScoredDraws:
     """Evaluate the joint density and its gradient at points of a Gaussian's coordinates.
 
-    Where either is no finite number, log p(v, h; θ) counts as −∞ and the score as 0.
+    Where either is no finite number, or the square of a score would soon be none, log p(v, h; θ)
+    counts as −∞ and the score as 0.
     """
     with torch.enable_grad():
         latents = gaussian.unwhiten(whitened).requires_grad_()
         terms = densities.terms(latents)
         (gradient,) = torch.autograd.grad(terms.log_joint.sum(), latents)
     scores = multiply(gaussian.scale_tril.mT, gradient)
-    known = torch.isfinite(terms.log_joint) & torch.isfinite(scores).all(-1)
+    largest = torch.finfo(scores.dtype).max ** _STEEPEST
+    known = torch.isfinite(terms.log_joint) & (scores.abs() < largest).all(-1)
     log_joint = terms.log_joint.detach().masked_fill(~known, -torch.inf)
     scores = scores.masked_fill(~known[..., None], 0.0)
     return ScoredDraws(whitened, terms.log_prior.detach(), log_joint, scores)
