@@ -259,6 +259,7 @@ def test_law_5_graphs_change_no_number(method, monkeypatch):
         method = replace(method, draws=replace(method.draws, num_draws=16, num_warmup=20))
     densities = prepare(normal_model, GUIDE, (V,)).densities[0]
     monkeypatch.setattr(compilation, "_WORTH_COMPILING", float("inf"))
+    monkeypatch.setattr(compilation, "_FEW_CALLS", 0)
     values = []
     for limit in (float("inf"), 0.0):
         monkeypatch.setattr(compilation, "_WORTH_TRACING", limit)

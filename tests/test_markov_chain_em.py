@@ -193,6 +193,7 @@ def test_svi_and_a_torch_optimizer_reach_the_maximum(kind):
 
 def test_a_graph_is_dropped_when_what_the_model_closes_over_changes(monkeypatch):
     monkeypatch.setattr(compilation, "_WORTH_TRACING", 0.0)
+    monkeypatch.setattr(compilation, "_FEW_CALLS", 0)
     noise = {"scale": 1.0}
 
     def closing(v):
