@@ -23,7 +23,7 @@ from pyro_vharm.inference.tempering import temper, tune_step
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import unit_selector
 
-__all__ = ["match_by_scores", "refit_start"]
+__all__ = ["Effort", "match_by_scores", "refit_start"]
 
 _LEAST_PARTICLES, _MOST_PARTICLES, _ELEMENTS = 32, 256, 2**15
 _WIDE_SHARE = 0.5

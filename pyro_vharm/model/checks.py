@@ -23,7 +23,7 @@ from pyro_vharm.model.sites import (
     own_log_prob,
 )
 from pyro_vharm.model.structure import Structure
-from pyro_vharm.model.tracing import PyroFunction, UnconstrainedSites, trace_call
+from pyro_vharm.model.tracing import CALL_FAILURES, PyroFunction, UnconstrainedSites, trace_call
 from pyro_vharm.model.vectorising import Vectorisation, by_loop, by_plate, by_vmap
 
 __all__ = ["check_densities", "choose_guide_runs", "choose_model_runs"]
@@ -34,15 +34,6 @@ _UNITS_AT_ONCE = 1000  # where units can be cut
 _NUM_COMPARED = 2
 _MOST_CLASSES = 4
 _FAST = (by_plate, by_vmap)
-_FAILURES = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AssertionError,
-    NotImplementedError,
-)
 
 
 def check_densities(
@@ -166,7 +157,7 @@ def _first_that(agrees: Callable[[Vectorisation], bool], what: str) -> Vectorisa
             if agrees(runs):
                 return runs
             reasons.append("other numbers than one particle at a time gives")
-        except _FAILURES as error:
+        except CALL_FAILURES as error:
             reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
     warnings.warn(
         f"the {what} runs one particle at a time, which is slow: an outermost plate of particles "

@@ -13,19 +13,11 @@ from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.guide_runs import GuideRun, run_guide
 from pyro_vharm.model.model_runs import run_model_at
+from pyro_vharm.model.tracing import CALL_FAILURES
 
 __all__ = ["cut_units", "guided_selector", "unit_blocks", "unit_selector"]
 
 _PROBED_UNITS = 64
-_FAILURES = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AssertionError,
-    NotImplementedError,
-)
 
 
 def cut_units(densities: UnitDensities, size: int) -> list[UnitDensities]:
@@ -119,7 +111,7 @@ def _gives_the_same(densities: UnitDensities, part: UnitDensities, units: Tensor
         with torch.no_grad():
             latents = densities.draw_latents(2)
             expected, found = densities.terms(latents), part.terms(latents[:, units])
-    except _FAILURES:  # of a model that refuses some of its units
+    except CALL_FAILURES:  # of a model that refuses some of its units
         return False
     tolerance = torch.finfo(densities.dtype).eps ** 0.5
     return all(
@@ -157,7 +149,7 @@ def _same_densities(densities: UnitDensities, part: Batch, units: Tensor) -> boo
             }
             cut = run_guide(guide, part, structure, 2, values)
             cut_joint = _log_joint(densities, part, cut)
-    except _FAILURES:  # of a model that refuses some of its units
+    except CALL_FAILURES:  # of a model that refuses some of its units
         return False
     pairs = [(cut_joint, joint), (cut.log_guide, whole.log_guide)]
     return all(

@@ -20,6 +20,7 @@ from pyro_vharm.model.data import Batch
 from pyro_vharm.model.sites import Site
 
 __all__ = [
+    "CALL_FAILURES",
     "PARTICLES",
     "FixedSites",
     "FreedSites",
@@ -29,6 +30,16 @@ __all__ = [
     "trace_call",
 ]
 
+# of a user's model or guide that is called in a way that it does not take
+CALL_FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AssertionError,
+    NotImplementedError,
+)
 PARTICLES = "_particles"  # the name of the plate of particles
 
 type PyroFunction = Callable[..., Any]
