@@ -11,6 +11,7 @@ import torch
 import pyro_vharm as vh
 from pyro_vharm.inference import annealing, tempering
 from pyro_vharm.inference.annealed_runs import anneal_forward
+from pyro_vharm.inference.estimation import unit_widths
 from pyro_vharm.inference.start import match_start
 from pyro_vharm.model.minibatches import unit_blocks, unit_selector
 from pyro_vharm.model.problem import prepare
@@ -120,7 +121,7 @@ def test_the_length_is_that_of_gaussians(monkeypatch):
 
 
 def test_an_adaptive_schedule_beats_a_linear_one_from_the_prior():
-    densities = densities_of(correlated(5, 0.5, num_units=100))
+    densities = densities_of(correlated(5, 0.5, num_units=400))
     start = match_start(densities, 1.0)
     linear, adaptive = (
         vh.AnnealedImportanceSampling(
@@ -128,8 +129,7 @@ def test_an_adaptive_schedule_beats_a_linear_one_from_the_prior():
         ).run(densities, start=start)
         for schedule in (vh.LinearSchedule(), vh.AdaptiveSchedule())
     )
-    means = [float(log_mean_exp(run.log_weights).mean()) for run in (linear, adaptive)]
-    assert means[1] > means[0], "a lower bound that is higher is closer"
+    assert float(unit_widths(adaptive).mean()) < 0.9 * float(unit_widths(linear).mean())
 
 
 def test_the_last_move_leaves_weights_as_they_are():
@@ -138,9 +138,9 @@ def test_the_last_move_leaves_weights_as_they_are():
     plan, _ = vh.AnnealedImportanceSampling(num_steps=3).pilot(densities, start)
     latents = start.sample(densities, 8)
     ends = []
-    for last_move in (True, False):
+    for step_sizes in (plan.step_sizes, plan.step_sizes[:2]):
         torch.manual_seed(1)
-        ends.append(anneal_forward(plan, latents, last_move=last_move))
+        ends.append(anneal_forward(plan._replace(step_sizes=step_sizes), latents))
     moved, stayed = ends
     assert torch.equal(moved.log_weights, stayed.log_weights)
     assert not torch.equal(moved.latents, stayed.latents)

@@ -11,7 +11,7 @@ from pyro import poutine
 
 import pyro_vharm as vh
 from pyro_vharm.inference.annealed_runs import anneal_forward
-from pyro_vharm.inference.estimation import estimate_units
+from pyro_vharm.inference.estimation import estimate_units, pooled_upper_bounds
 from pyro_vharm.inference.sequential import run_sequence
 from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_start
 from pyro_vharm.model import compilation
@@ -159,15 +159,34 @@ def test_law_2_rejects_draws_of_another_start(replicated):
 @over(ANNEALED)
 def test_law_3_runs_back_from_exact_draws(method, replicated):
     densities, exact, v = replicated
-    draws = linear_gaussian_posterior(v).sample(1)
+    draws = linear_gaussian_posterior(v).sample(8)
     fixed = from_its_own_start(method)
     run = fixed.run(densities, start=inside(v), exact=draws)
     inverse = log_mean_exp(exact - run.reverse_log_weights)
     assert_mean(inverse.exp(), 1.0)
     error = float(inverse.std()) / REPEATS**0.5
     assert float(-inverse.mean()) > -Z * error, "log Ẑ of the reverse is above log Z on average"
-    wrong = fixed.run(densities, start=inside(v), exact=draws + 0.3)
+    wrong = fixed.run(densities, start=inside(v), exact=draws + 0.6)
     assert rejects(log_mean_exp(exact - wrong.reverse_log_weights).exp(), 1.0), "no exact draws"
+
+
+@over(ANNEALED)
+def test_law_3_forward_runs_and_one_back(method, replicated):
+    """Pooled, the start may be too wide: no weight is divided by alone."""
+    densities, exact, v = replicated
+    posterior = linear_gaussian_posterior(v)
+    draws = posterior.sample(1)
+    wide = StartDensity(UnitGaussian(posterior.mean + 0.5, 2.0 * posterior.scale_tril), 0.0)
+    fixed = from_its_own_start(method)
+    run = fixed.run(densities, start=wide, exact=draws)
+    upper, lower = pooled_upper_bounds(run), log_mean_exp(run.log_weights)
+    assert_mean((exact - upper).exp(), 1.0)
+    for above in (upper - exact, exact - lower):
+        assert float(above.mean()) > -Z * float(above.std()) / REPEATS**0.5
+    forward = replace(run, reverse_log_weights=run.log_weights[:1])
+    assert rejects((exact - pooled_upper_bounds(forward)).exp(), 1.0), "a forward run for it"
+    wrong = fixed.run(densities, start=wide, exact=draws + 1.0)
+    assert rejects((exact - pooled_upper_bounds(wrong)).exp(), 1.0), "no exact draws"
 
 
 @over(ANNEALED)

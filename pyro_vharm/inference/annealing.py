@@ -113,8 +113,9 @@ class AnnealedImportanceSampling:
         Args:
             densities: the units.
             start: a start density of one's own; by default matched to guide draws.
-            exact: one exact posterior draw of each unit, ``(1, unit, dim)``, for the reverse runs
-                to start from; by default they start from forward particles, moved on.
+            exact: exact posterior draws of each unit, ``(particle, unit, dim)``, a reverse run
+                from each; then no particle moves at β = 1, as nothing depends on it. By default
+                reverse runs start from forward particles, moved on.
             progress: show a bar.
         """
         size = max(_ROWS_AT_ONCE // self.num_particles, 1)
@@ -152,7 +153,7 @@ class AnnealedImportanceSampling:
         length = self._length(densities, start, num_steps)
         part, own = densities, exact
         while len(pending):
-            plan, variance = self.tune(part, start, length, num_steps)
+            plan, variance = self.tune(part, start, length, num_steps, last_move=exact is None)
             ready = self._is_narrow(variance) | (num_steps >= self._most_steps)
             if select is None:
                 ready = ready.all().expand_as(ready)
@@ -228,6 +229,8 @@ class AnnealedImportanceSampling:
         start: StartDensity,
         length: ThermodynamicLength,
         num_steps: int,
+        *,
+        last_move: bool = True,
     ) -> tuple[AnnealedPlan, Tensor]:
         """Place so many temperatures and tune their step sizes, on throw-away particles.
 
@@ -241,16 +244,19 @@ class AnnealedImportanceSampling:
         """
         moves = self._moves(densities, start, num_steps)
         temperatures = self.schedule.place(num_steps, length)
-        state = moves.draw_start(self.num_particles)
+        num_moves = num_steps if last_move else num_steps - 1
+        state = moves.draw_start(self.num_particles, resting=not num_moves)
         log_weights = torch.zeros_like(state.log_joint)
-        step_size, step_sizes = first_step_sizes(state), []
+        step_sizes = torch.ones_like(temperatures[:num_moves])
+        step_size = first_step_sizes(state)
         for t, change in enumerate(temperatures.diff(dim=0), 1):
             log_weights = log_weights + change * state.log_ratio
-            state, step_size = tune_step(moves, state, temperatures[t], step_size)
-            step_sizes.append(step_size)
+            if t <= num_moves:
+                state, step_size = tune_step(moves, state, temperatures[t], step_size)
+                step_sizes[t - 1] = step_size
         log_weights, _ = drop_nonfinite(log_weights)
         seen = relative_variance(log_weights).nan_to_num(nan=math.inf)  # without any weight
-        plan = AnnealedPlan(moves, temperatures, torch.stack(step_sizes), seen)
+        plan = AnnealedPlan(moves, temperatures, step_sizes, seen)
         variance = torch.maximum(seen, _lognormal_variance(log_weights))
         least = (length.lengths[-1].square() / num_steps).expm1()  # 0 where it was not measured
         least = least.nan_to_num(nan=math.inf).clamp(max=self.num_particles)
@@ -267,15 +273,15 @@ class AnnealedImportanceSampling:
 
     def _count(self, plan: AnnealedPlan, exact: Tensor | None) -> Particles:
         """The runs that count, with everything frozen."""
-        densities = plan.moves.densities
-        latents = plan.moves.start.sample(densities, self.num_particles)
-        forward = anneal_forward(plan, latents, last_move=exact is None)
+        start, densities = plan.moves.start, plan.moves.densities
+        forward = anneal_forward(plan, start.sample(densities, self.num_particles))
         log_weights, dropped = drop_nonfinite(forward.log_weights)
         if exact is None:
             last = self.settle(plan, resample(forward.latents, log_weights))
+            reverse = anneal_reverse(plan, last)
         else:
-            last = exact.expand_as(latents)
-        reverse = anneal_reverse(plan, last)
+            moves = self.kernel.moves(densities, start, len(exact), plan.num_moves)
+            reverse = anneal_reverse(plan._replace(moves=moves), exact)
         reverse_log_weights, dropped_reverse = drop_nonfinite(reverse.log_weights, reverse=True)
         return Particles(
             unconstrained=forward.latents,
@@ -283,7 +289,7 @@ class AnnealedImportanceSampling:
             kind=Kind.ESTIMATED,
             pilot_variance=plan.pilot_variance,
             reverse_log_weights=reverse_log_weights,
-            acceptance=(forward if exact is None else reverse).acceptance.mean(0),
+            acceptance=forward.acceptance.mean(0),
             num_steps=torch.full_like(plan.pilot_variance, plan.num_steps),
             pareto_shapes=self._shapes(log_weights),
             num_nonfinite=dropped + dropped_reverse,

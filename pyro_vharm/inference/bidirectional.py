@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Bound, Kind
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
+from pyro_vharm.inference.estimation import pooled_upper_bounds
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.model.simulation import Rebuild, simulate_batch
@@ -29,9 +30,10 @@ class Sandwich:
 
     Attributes:
         lower: stochastic lower bounds log Ẑ of each unit, shape ``(unit,)``.
-        upper: stochastic upper bounds of each unit, from runs back from the exact posterior draw
-            that made its data, shape ``(unit,)``.
-        acceptance: mean acceptance probability per unit, back from the draws, shape ``(unit,)``.
+        upper: stochastic upper bounds of each unit, from the forward runs and one back from the
+            exact posterior draw that made its data, shape ``(unit,)``.
+        acceptance: mean acceptance probability of each unit's forward runs, shape ``(unit,)``; NaN
+            for units that need one temperature, as none of their particles moves.
         method: the method's settings.
     """
 
@@ -74,10 +76,15 @@ class Sandwich:
         footer = [
             f"{len(widths)} simulated units, by {self.method}",
             f"width per unit {float(widths.mean()):.4f} ± {error:.4f}, largest "
-            f"{float(widths.max()):.3f}; acceptance {float(self.acceptance.mean()):.2f}",
+            f"{float(widths.max()):.3f}{self._moved}",
             "an indication of what the same settings earn on real data like these, no guarantee",
         ]
         return "\n".join([text_table(["simulated data", "total", "per unit"], rows), *footer])
+
+    @property
+    def _moved(self) -> str:
+        moved = self.acceptance[~self.acceptance.isnan()]
+        return f"; acceptance {float(moved.mean()):.2f}" if len(moved) else ""
 
     def _repr_html_(self) -> str:
         return html_table(str(self))
@@ -97,10 +104,12 @@ def bdmc(
 ) -> Sandwich:
     """Simulate data from the model, and bound their log evidence from both sides.
 
-    The latents h* that made the data v are one exact draw from p(h | v; θ). Runs back from it give
-    E[1/Ẑ_rev] = 1/p(v; θ), so log Ẑ_rev is a stochastic upper bound without any trust in chains;
-    forward runs give the lower one. Whatever the pilot tunes depends on v and on other random
-    numbers, never on h*. How close the two come is what the settings earn on data like these.
+    The latents h* that made the data v are one exact draw from p(h | v; θ). With w* the weight of a
+    run back from it and w_1 … w_K those of the forward runs, Ẑ = (w* + Σ_k w_k) / (K + 1) has
+    E[1/Ẑ] = 1/p(v; θ): log Ẑ is a stochastic upper bound without any trust in chains, and the log
+    mean of the w_k alone the lower one. For weights of variance V, relative to their squared mean,
+    they lie about V/K apart. Whatever the pilot tunes depends on v and on other random numbers,
+    never on h*. How close the two come is what the settings earn on data like these.
 
     Args:
         model: a Pyro model that can simulate its data; see `simulate`.
@@ -120,7 +129,8 @@ def bdmc(
 
     Source: "Sandwiching the marginal likelihood using bidirectional Monte Carlo", Grosse,
     Ghahramani, Adams (2015); "Measuring the reliability of MCMC inference with bidirectional Monte
-    Carlo", Grosse, Ancha, Roy (2016).
+    Carlo", Grosse, Ancha, Roy (2016); "Improving mutual information estimation with annealed and
+    energy-based bounds", Brekelmans, Huang, Ghassemi, Ver Steeg, Grosse, Makhzani (2022).
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -153,10 +163,9 @@ def bdmc(
         for densities, (_, simulation) in zip(problem.densities, parts, strict=True):
             exact = densities.pack_values(simulation.latents)
             runs.append(method.run(densities, exact=exact, progress=progress))
-        reverse = [run.reverse_log_weights for run in runs if run.reverse_log_weights is not None]
         return Sandwich(
             lower=torch.cat([log_mean_exp(run.log_weights) for run in runs]),
-            upper=torch.cat([-log_mean_exp(-weights) for weights in reverse]),
+            upper=torch.cat([pooled_upper_bounds(run) for run in runs]),
             acceptance=torch.cat([run.acceptance for run in runs if run.acceptance is not None]),
             method=str(method),
         )

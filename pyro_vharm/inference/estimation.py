@@ -16,7 +16,7 @@ from pyro_vharm.particles import (
     replicate_totals,
 )
 
-__all__ = ["estimate_units", "sum_replicates", "unit_widths"]
+__all__ = ["estimate_units", "pooled_upper_bounds", "sum_replicates", "unit_widths"]
 
 
 def estimate_units(run: Particles) -> UnitEstimates:
@@ -81,6 +81,26 @@ def unit_widths(run: Particles) -> Tensor | None:
         return -log_mean_exp(-reverse) - log_mean_exp(forward)
 
     return by_blocks(width, run.log_weights, run.reverse_log_weights)
+
+
+def pooled_upper_bounds(run: Particles) -> Tensor:
+    """Upper bounds from forward runs and one back from an exact draw, pooled, shape ``(unit,)``.
+
+    Of K forward runs and one back from an exact posterior draw, in a place among them that is
+    drawn at random, the density is Ẑ/Z times that of K + 1 forward runs, with Ẑ their mean weight.
+    So E[1/Ẑ] = 1/Z, and E[log Ẑ] ≥ log Z. With several exact draws, it is the mean of their log Ẑ.
+
+    Forward weights of zero are left out, sum and number, which can only raise the bound: those of
+    particles without a density, counted, would lower it.
+
+    Source: "Improving mutual information estimation with annealed and energy-based bounds",
+    Brekelmans, Huang, Ghassemi, Ver Steeg, Grosse, Makhzani (2022).
+    """
+    reverse = run.reverse_log_weights
+    assert reverse is not None, "the caller ran in both directions"
+    total = torch.logaddexp(run.log_weights.logsumexp(0), reverse)
+    count = 1 + torch.isfinite(run.log_weights).sum(0)
+    return (total - count.log()).mean(0)
 
 
 def sum_replicates(log_weights: Sequence[Tensor], count: int, *, reverse: bool) -> Tensor:

@@ -172,17 +172,18 @@ class HamiltonianMoves:
         """f_0."""
         return self.path.start
 
-    def at(self, latents: Tensor) -> PathState:
-        """The path at latents ``(particle, unit, dim)``."""
-        return self.path.state(self.path.position(latents))
+    def at(self, latents: Tensor, *, resting: bool = False) -> PathState:
+        """The path at latents ``(particle, unit, dim)``, which may be where nothing moves on."""
+        position = self.path.position(latents)
+        return self.path.resting(position) if resting else self.path.state(position)
 
     def latents(self, state: PathState) -> Tensor:
         """The latents of a state, ``(particle, unit, dim)``."""
         return self.path.latents(state.position).contiguous()
 
-    def draw_start(self, num_particles: int) -> PathState:
+    def draw_start(self, num_particles: int, *, resting: bool = False) -> PathState:
         """Draws of f_0."""
-        return self.at(self.start.sample(self.densities, num_particles))
+        return self.at(self.start.sample(self.densities, num_particles), resting=resting)
 
     def __call__(
         self,

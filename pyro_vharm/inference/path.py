@@ -116,6 +116,12 @@ class AnnealingPath:
         detached = position.detach(), log_start.detach(), log_joint.detach()
         return PathState(*detached, start_gradient, joint_gradient)
 
+    def resting(self, position: Tensor) -> PathState:
+        """The same where nothing moves on, so that gradients, not computed, count as 0."""
+        with torch.no_grad():
+            still = torch.zeros_like(position)
+            return PathState(position, *self._ends(position), still, still)
+
     def gradient(self, position: Tensor, temperature: Tensor) -> Tensor:
         """∇_e log f_β at positions ``(particle, unit, dim)``, for β of shape ``(unit,)``."""
         with torch.enable_grad():

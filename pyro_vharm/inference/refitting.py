@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vharm.inference.climbs import all_climbs_end_near
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
 from pyro_vharm.inference.path import PathState
 from pyro_vharm.inference.score_matching import (
     ScoredDraws,
-    all_climbs_end_near,
     draw_pairs,
     log_weights,
     match_scores,
@@ -21,7 +21,7 @@ from pyro_vharm.inference.score_matching import (
 from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_gaussian
 from pyro_vharm.inference.tempering import temper, tune_step
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.minibatches import unit_selector
+from pyro_vharm.model.minibatches import WORTH_CUTTING, Selector, unit_selector
 
 __all__ = ["Effort", "match_by_scores", "refit_start"]
 
@@ -54,9 +54,8 @@ def refit_start(
 
     First by the scores at a few draws. That is kept for units whose weights under the Gaussian are
     as even as a matched population could make them, and where all climbs from the prior end within
-    it: one near-Gaussian mode. Those that fail, where they can be run alone, try once more
-    and longer, as few draws may speak against a unit by chance. The rest are matched by a
-    tempered population.
+    it: one near-Gaussian mode. Those that fail try once more and longer, as few draws may speak
+    against a unit by chance. The rest are matched by a tempered population.
 
     Args:
         densities: the units.
@@ -64,20 +63,44 @@ def refit_start(
         kernel: the transitions.
         num_particles: the least size of the population; at least 32, more where units are few.
     """
-    gaussian, good = match_by_scores(densities, start.gaussian, _FIRST)
-    left = (~good).nonzero().flatten()
-    select = unit_selector(densities) if 0 < len(left) < densities.num_units else None
-    if select is not None:
-        again, good = match_by_scores(select(left), gaussian.select(left), _SECOND)
-        gaussian = _replaced(gaussian, left, again)
-        left = left[~good]
-    if not len(left):
-        return replace(start, gaussian=gaussian)
-    if select is None:
-        tempered = _match_by_tempering(densities, start, kernel, num_particles).select(left)
-    else:
-        tempered = _match_by_tempering(select(left), start.select(left), kernel, num_particles)
-    return replace(start, gaussian=_replaced(gaussian, left, tempered))
+    select, gaussian = unit_selector(densities), start.gaussian
+    left = torch.arange(densities.num_units, device=densities.device)
+    for effort in (_FIRST, _SECOND):
+        part = _Part.of(densities, select, left)
+        found, good = match_by_scores(
+            part.densities, gaussian.select(part.units), effort, part.select
+        )
+        gaussian = _replaced(gaussian, left, found.select(part.place))
+        left = left[~good[part.place]]
+        if not len(left):
+            return replace(start, gaussian=gaussian)
+    part = _Part.of(densities, select, left)
+    tempered = _match_by_tempering(part.densities, start.select(part.units), kernel, num_particles)
+    return replace(start, gaussian=_replaced(gaussian, left, tempered.select(part.place)))
+
+
+class _Part(NamedTuple):
+    """The densities of some units alone, or of all where they cannot be cut.
+
+    Attributes:
+        densities: of the units in it.
+        units: which these are.
+        place: where among them those are that were asked for.
+        select: what gives the densities of some of the units in it.
+    """
+
+    densities: UnitDensities
+    units: Tensor
+    place: Tensor
+    select: Selector | None
+
+    @classmethod
+    def of(cls, densities: UnitDensities, select: Selector | None, units: Tensor) -> _Part:
+        if select is None or len(units) == densities.num_units:
+            every = torch.arange(densities.num_units, device=units.device)
+            return cls(densities, every, units, select)
+        place = torch.arange(len(units), device=units.device)
+        return cls(select(units), units, place, lambda some: select(units[some]))
 
 
 def _replaced(gaussian: UnitGaussian, units: Tensor, other: UnitGaussian) -> UnitGaussian:
@@ -86,7 +109,10 @@ def _replaced(gaussian: UnitGaussian, units: Tensor, other: UnitGaussian) -> Uni
 
 
 def match_by_scores(
-    densities: UnitDensities, gaussian: UnitGaussian, effort: Effort
+    densities: UnitDensities,
+    gaussian: UnitGaussian,
+    effort: Effort,
+    select: Selector | None = None,
 ) -> tuple[UnitGaussian, Tensor]:
     """A Gaussian for each unit by its scores, and for which units that is good enough.
 
@@ -98,18 +124,27 @@ def match_by_scores(
         densities: the units.
         gaussian: where to begin.
         effort: how much to try.
+        select: what gives the densities of some of the units, so that rounds and climbs go on for
+            those alone that take more of them.
     """
     limit = _LEAST_LIMIT + densities.dim / (2 * _DRAWS_PER_DIM)
-    tried = best = _tried(densities, gaussian)
+    best = tried = _tried(densities, gaussian)
+    left, part = torch.arange(densities.num_units, device=best.spread.device), densities
     for i in range(effort.num_rounds):
-        if i >= _LEAST_ROUNDS and bool((best.spread <= limit).all()):
+        wide = best.spread[left] > limit
+        if i >= _LEAST_ROUNDS and not bool(wide.any()):
             break
-        tried = _tried(densities, match_scores(tried.gaussian, tried.draws))
-        best = tried.where(tried.spread < best.spread, best)
+        if i >= _LEAST_ROUNDS and select is not None and float(wide.double().mean()) < WORTH_CUTTING:
+            kept = wide.nonzero().flatten()
+            left, tried = left[kept], tried.select(kept)
+            part = select(left)
+        tried = _tried(part, match_scores(tried.gaussian, tried.draws))
+        better = (tried.spread < best.spread[left]).nonzero().flatten()
+        best = best.replaced(left[better], tried.select(better))
     good = best.spread <= limit
     if bool(good.any()):
         good = good & all_climbs_end_near(
-            densities, best.gaussian, best.draws, _CLIMBERS, effort.num_steps
+            densities, best.gaussian, best.draws, _CLIMBERS, effort.num_steps, select
         )
     return best.gaussian, good
 
@@ -121,12 +156,15 @@ class _Tried(NamedTuple):
     draws: ScoredDraws
     spread: Tensor
 
-    def where(self, better: Tensor, other: _Tried) -> _Tried:
-        """This one for some of the units, the other for the rest."""
-        units = better.nonzero().flatten()
-        gaussian = _replaced(other.gaussian, units, self.gaussian.select(units))
-        spread = torch.where(better, self.spread, other.spread)
-        return _Tried(gaussian, self.draws.where(better, other.draws), spread)
+    def select(self, units: Tensor) -> _Tried:
+        """That of some of the units."""
+        return _Tried(self.gaussian.select(units), self.draws.select(units), self.spread[units])
+
+    def replaced(self, units: Tensor, other: _Tried) -> _Tried:
+        """This one, but for some of the units the other."""
+        gaussian = _replaced(self.gaussian, units, other.gaussian)
+        draws = self.draws.replaced(units, other.draws)
+        return _Tried(gaussian, draws, self.spread.index_copy(0, units, other.spread))
 
 
 def _tried(densities: UnitDensities, gaussian: UnitGaussian) -> _Tried:

@@ -1,8 +1,7 @@
-"""Matching a Gaussian to each unit's posterior by scores, and whether climbs agree with it."""
+"""Matching a Gaussian to each unit's posterior by the scores at a few draws."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,11 +9,9 @@ from torch import Tensor
 
 from pyro_vharm.inference.start import UnitGaussian, multiply
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.particles import log_mean_exp
 
 __all__ = [
     "ScoredDraws",
-    "all_climbs_end_near",
     "draw_pairs",
     "log_weights",
     "match_scores",
@@ -22,11 +19,7 @@ __all__ = [
 ]
 
 _LEAST_PAIRS, _PULL = 8, 10.0
-_SCOUTS_PER_CLIMBER = 4
-_FAR = 2.5  # standard deviations of a peak from the mean
 _STEEPEST = 0.3  # a power of the largest number: matching squares scores, and sums them
-_LEVEL = 0.5  # nats that a Newton step may still gain
-_NEW_MASS = 0.5  # nats that draws of the prior may add
 
 
 class ScoredDraws(NamedTuple):
@@ -49,6 +42,14 @@ class ScoredDraws(NamedTuple):
         pairs = zip(self, other, strict=True)
         wide = chosen[..., None]
         return ScoredDraws(*(torch.where(chosen if a.dim() == 2 else wide, a, b) for a, b in pairs))
+
+    def select(self, units: Tensor) -> ScoredDraws:
+        """Those of some of the units."""
+        return ScoredDraws(*(field[:, units] for field in self))
+
+    def replaced(self, units: Tensor, other: ScoredDraws) -> ScoredDraws:
+        """These, but for some of the units the others."""
+        return ScoredDraws(*(a.index_copy(1, units, b) for a, b in zip(self, other, strict=True)))
 
 
 def score_draws(densities: UnitDensities, gaussian: UnitGaussian, whitened: Tensor) -> ScoredDraws:
@@ -125,70 +126,6 @@ def match_scores(gaussian: UnitGaussian, draws: ScoredDraws) -> UnitGaussian:
     return UnitGaussian(
         gaussian.unwhiten(moved[None])[0], gaussian.scale_tril @ _cholesky_of_square(half)
     )
-
-
-def all_climbs_end_near(
-    densities: UnitDensities,
-    gaussian: UnitGaussian,
-    draws: ScoredDraws,
-    num_climbers: int,
-    num_steps: int,
-) -> Tensor:
-    """Whether the prior leads to nothing but what a Gaussian covers, shape ``(unit,)``.
-
-    Climbers go from draws of the prior up the posterior density, by its scores, in the coordinates
-    of the Gaussian. A step is as long as the slope, which leads to the top of a Gaussian, or longer
-    and longer where the slope rises; at first no longer than a standard deviation in each dim, then
-    twice as long, or a quarter where that is not higher. All must end level, within two and a half
-    standard deviations of the mean. Before, draws of the prior, four times as many, must not find
-    mass that those of the Gaussian do not.
-
-    Args:
-        densities: the units.
-        gaussian: one for each unit.
-        draws: of that Gaussian.
-        num_climbers: for each unit.
-        num_steps: most steps of a climb.
-    """
-    with torch.no_grad():
-        prior = densities.draw_prior(_SCOUTS_PER_CLIMBER * num_climbers)
-        covered = _adds_little(densities, gaussian, draws, prior)
-        first = gaussian.whiten(prior[:num_climbers])
-    at = score_draws(densities, gaussian, first)
-    dim = first.shape[-1]
-    radius, factor = torch.full_like(at.log_joint, dim**0.5), torch.ones_like(at.log_joint)
-    near = torch.zeros_like(covered)
-    for _ in range(num_steps):
-        slope = at.scores.norm(dim=-1)
-        length = torch.minimum(factor * slope, radius)
-        step = at.scores * (length / slope.clamp(min=1e-30))[..., None]
-        tried = score_draws(densities, gaussian, at.whitened + step)
-        up = tried.log_joint > at.log_joint
-        steeper = up & (tried.scores.norm(dim=-1) > slope)
-        at = tried.where(up, at)
-        radius = torch.where(up, 2.0 * radius, 0.25 * length)
-        factor = torch.where(steeper, 2.0 * factor, 1.0)
-        level = 0.5 * at.scores.square().sum(-1) < _LEVEL
-        near = (level & (at.whitened.norm(dim=-1) < _FAR)).all(0)
-        if bool(near.all()):
-            break
-    return covered & near
-
-
-def _adds_little(
-    densities: UnitDensities, gaussian: UnitGaussian, draws: ScoredDraws, prior: Tensor
-) -> Tensor:
-    """Whether weights under the mixture of both kinds of draws have the mean of the Gaussian's."""
-    terms = densities.terms(prior)
-    log_joint = torch.cat([draws.log_joint, terms.log_joint.nan_to_num(nan=-torch.inf)])
-    log_prior = torch.cat([draws.log_prior, terms.log_prior])
-    whitened = torch.cat([draws.whitened, gaussian.whiten(prior)])
-    share = len(draws.log_joint) / len(log_joint)
-    mixture = torch.logaddexp(
-        gaussian.log_prob_whitened(whitened) + math.log(share), log_prior + math.log1p(-share)
-    )
-    total = log_mean_exp(log_joint - mixture)
-    return total - log_mean_exp(log_weights(gaussian, draws)) < _NEW_MASS
 
 
 def _covariance(vectors: Tensor) -> Tensor:

@@ -163,15 +163,16 @@ class StartDensity:
 
     def sample(self, densities: UnitDensities, num_particles: int) -> Tensor:
         """Draws of shape ``(particle, unit, dim)``."""
-        if self.prior_share == 0:
-            return self.gaussian.sample(num_particles)
-        with torch.no_grad():
-            prior = densities.draw_prior(num_particles)
         if self.prior_share == 1:
-            return prior
+            return _draw_prior(densities, num_particles)
         draws = self.gaussian.sample(num_particles)
         chosen = torch.rand(draws.shape[:2], device=draws.device) < self.prior_share
-        return torch.where(chosen[..., None], prior, draws)
+        count = int(chosen.sum(0).max())
+        if not count:
+            return draws
+        prior = _draw_prior(densities, count)  # no more than the unit that takes most of them
+        place = (chosen.cumsum(0) - 1).clamp(min=0)[..., None]
+        return torch.where(chosen[..., None], prior.gather(0, place.expand_as(draws)), draws)
 
     def log_prob(self, latents: Tensor, log_prior: Tensor) -> Tensor:
         """Log density, shape ``(particle, unit)``, given log p(h; θ) at the same latents."""
@@ -211,6 +212,11 @@ def match_start(
         for done in range(0, wanted, per_pass):
             moments.add(densities.draw_latents(min(per_pass, wanted - done)))
     return StartDensity(moments.gaussian(), prior_share)
+
+
+def _draw_prior(densities: UnitDensities, num_particles: int) -> Tensor:
+    with torch.no_grad():
+        return densities.draw_prior(num_particles)
 
 
 type Blocks = Iterator[tuple[Tensor, UnitDensities, StartDensity]]

@@ -58,26 +58,26 @@ def check_densities(
     """
     blocks = _blocks(densities)
     some = next(blocks)
-    count = _FEW_PARTICLES if some.num_units > _MANY_UNITS else _MANY_PARTICLES
     if checked is not None and _same_but_for_runs(checked, densities.structure):
         alike = replace(some, structure=checked)
-        latents = alike.draw_latents(count)
+        latents = alike.draw_latents(_FEW_PARTICLES)
         if _close(alike.log_joint(latents)[:1], alike.plain_log_joint(latents[:1])):
             _check_masked_out(densities, sites)
             _check_finite(alike, latents, blocks)
             return replace(densities, structure=checked)
-    latents = some.draw_latents(count)
-    _check_deterministic(some, latents[:_NUM_COMPARED])
+    count = _FEW_PARTICLES if some.num_units > _MANY_UNITS else _MANY_PARTICLES
+    latents = some.draw_latents(_NUM_COMPARED)
+    _check_deterministic(some, latents)
     _check_masked_out(densities, sites)
     structure = densities.structure
     if some.has_guide_density:
         assert some.guide is not None
         runs = choose_guide_runs(some.guide, some.batch, structure, count)
         structure = replace(structure, guide_runs=runs)
-    structure = replace(structure, model_runs=choose_model_runs(some, latents))
+    structure = replace(structure, model_runs=choose_model_runs(some, _repeated(latents, count)))
     chosen = replace(some, structure=structure)
     _check_finite(chosen, latents, blocks)
-    _check_independent(chosen, latents[:_NUM_COMPARED])
+    _check_independent(chosen, latents)
     return replace(densities, structure=structure)
 
 
@@ -94,6 +94,11 @@ def _blocks(densities: UnitDensities) -> Iterator[UnitDensities]:
         return
     for part in units[torch.randperm(len(units))].tensor_split(-(-len(units) // _UNITS_AT_ONCE)):
         yield select(part)
+
+
+def _repeated(few: Tensor, count: int) -> Tensor:
+    """A few draws over and over, as many as are to be run at once: a loop need make no more."""
+    return few.repeat(-(-count // len(few)), *(1,) * (few.dim() - 1))[:count]
 
 
 def _same_but_for_runs(checked: Structure, structure: Structure) -> bool:
@@ -122,9 +127,9 @@ def choose_guide_runs(
         InputError: if its density at fixed values is random.
     """
     looped = replace(structure, guide_runs=by_loop)
-    drawn = run_guide(guide, batch, looped, num_particles)
-    fixed = {name: drawn.values[name] for name in drawn.random}
-    few = {name: value[:_NUM_COMPARED] for name, value in fixed.items()}
+    drawn = run_guide(guide, batch, looped, _NUM_COMPARED)
+    few = {name: drawn.values[name] for name in drawn.random}
+    fixed = {name: _repeated(value, num_particles) for name, value in few.items()}
     expected = run_guide(guide, batch, looped, _NUM_COMPARED, few)
     if not _same_run(drawn, expected):
         raise InputError(
@@ -193,7 +198,7 @@ def _check_finite(
 
     Args:
         densities: of some units.
-        latents: draws for them.
+        latents: a few draws for them.
         others: the other units, to be run in the same way.
     """
     _check_finite_at(densities, latents)
@@ -203,20 +208,28 @@ def _check_finite(
 
 
 def _check_finite_at(densities: UnitDensities, latents: Tensor) -> None:
-    if bool(torch.isfinite(densities.log_joint(latents)).any(0).all()):
+    """At a few draws, or at more where those leave a unit without."""
+    if _all_finite_somewhere(densities, latents):
+        return
+    more = densities.draw_latents(_MANY_PARTICLES)
+    if _all_finite_somewhere(densities, more):
         return
     substitute = UnconstrainedSites(
         densities.structure.continuous,
-        densities.structure.unpad(densities.unpack(latents[:1]), unconstrained=True),
+        densities.structure.unpad(densities.unpack(more[:1]), unconstrained=True),
     )
     trace = trace_call(densities.model, densities.batch, substitute)
     sites = [*latent_sites(trace), *observed_sites(trace)]
     bad = [s["name"] for s in sites if not bool(torch.isfinite(own_log_prob(s)).all())]
     raise InputError(
-        f"the log density is not finite at any of {len(latents)} draws for some units; the sites "
+        f"the log density is not finite at any of {len(more)} draws for some units; the sites "
         f"to look at are {bad}. Check the data for NaN and values outside the support, and the "
         "parameters for NaN."
     )
+
+
+def _all_finite_somewhere(densities: UnitDensities, latents: Tensor) -> bool:
+    return bool(torch.isfinite(densities.log_joint(latents)).any(0).all())
 
 
 def _check_independent(densities: UnitDensities, latents: Tensor) -> None:

@@ -195,6 +195,7 @@ class UnitDensities:
             values=values,
             masks=masks,
             record=True,
+            only_latents=True,
         )
         return self.pack(at.unconstrained, num_particles)
 
@@ -204,7 +205,9 @@ class UnitDensities:
         own = {name: value for name, value in values.items() if name in structure.dims}
         padded = {name: value[None] for name, value in structure.pad(own).items()}
         with torch.no_grad():
-            at = run_model(self.model, self.batch, structure, 1, values=padded, record=True)
+            at = run_model(
+                self.model, self.batch, structure, 1, values=padded, record=True, only_latents=True
+            )
         return self.pack(at.unconstrained, 1)
 
     def draw_prior(self, num_particles: int) -> Tensor:

@@ -15,9 +15,12 @@ from pyro_vharm.model.guide_runs import GuideRun, run_guide
 from pyro_vharm.model.model_runs import run_model_at
 from pyro_vharm.model.tracing import CALL_FAILURES
 
-__all__ = ["cut_units", "guided_selector", "unit_blocks", "unit_selector"]
+__all__ = ["WORTH_CUTTING", "Selector", "cut_units", "guided_selector", "unit_blocks", "unit_selector"]
 
+WORTH_CUTTING = 0.75  # a share of units that is left; for more the cut costs as much as it saves
 _PROBED_UNITS = 64
+
+type Selector = Callable[[Tensor], UnitDensities]
 
 
 def cut_units(densities: UnitDensities, size: int) -> list[UnitDensities]:
@@ -53,7 +56,7 @@ def unit_blocks(densities: UnitDensities, size: int) -> Iterator[tuple[Tensor, U
         yield part, select(part)
 
 
-def unit_selector(densities: UnitDensities) -> Callable[[Tensor], UnitDensities] | None:
+def unit_selector(densities: UnitDensities) -> Selector | None:
     """What gives the densities of some units of a batch alone, without the guide.
 
     Tensor arguments whose first dim counts units are indexed along it. ``None`` where that gives
@@ -72,7 +75,7 @@ def unit_selector(densities: UnitDensities) -> Callable[[Tensor], UnitDensities]
     return select if _gives_the_same(densities, select(units), units) else None
 
 
-def guided_selector(densities: UnitDensities) -> Callable[[Tensor], UnitDensities] | None:
+def guided_selector(densities: UnitDensities) -> Selector | None:
     """`unit_selector` that keeps the guide's density, if there is one.
 
     ``None`` where the guide cannot be cut along with the model: with parameters per datum, or

@@ -64,6 +64,7 @@ def run_model(
     masks: Mapping[str, Mask] | None = None,
     summed: Collection[str] = (),
     record: bool = False,
+    only_latents: bool = False,
 ) -> ModelRun:
     """Run the model, at given values of its latents; those that are not given are drawn.
 
@@ -82,6 +83,7 @@ def run_model(
         summed: discrete latents to sum out.
         record: find the unconstrained values of the latents that were not given there, and the
             log Jacobians of all.
+        only_latents: leave the observed sites out of the densities.
     """
     layout, masks = structure.layout, masks or {}
     recorded = structure.continuous if record or unconstrained else ()
@@ -105,9 +107,9 @@ def run_model(
         _check_known(latents, structure)
         sums = UnitSums(trace, layout, count, count_units(trace, layout))
         seen["scale"] = site_scale(latents[0]) if latents else 1.0
-        share = _declared_share(sums, structure, seen["scale"])
+        share = 0.0 if only_latents else _declared_share(sums, structure, seen["scale"])
         prior = [_with_jacobian(s, masks.get(s["name"]), substitute) for s in latents]
-        likelihood = _observed(trace, structure, declared=False)
+        likelihood = [] if only_latents else _observed(trace, structure, declared=False)
         log_prior, log_joint = _prior_and_joint(sums, prior, likelihood, bool(summed))
         volumes = _recorded_volumes(sums, substitute, record)
         volume = sums.product(volumes) if volumes else torch.zeros_like(log_prior)
