@@ -111,7 +111,7 @@ def test_the_length_is_that_of_gaussians(monkeypatch):
 
     densities = prepare(model, None, (v,)).densities[0]
     method = vh.AnnealedImportanceSampling(256, start=vh.PriorStart())
-    path = method._length(densities, match_start(densities, 1.0), 2)
+    path = method._length(densities, match_start(densities, 1.0), 10)
     length = path.lengths[-1].mean()
     beta = torch.linspace(0, 1, 2001)
     c = 1 / (1 + beta / s**2)
@@ -146,7 +146,7 @@ def test_the_last_move_leaves_weights_as_they_are():
     assert not torch.equal(moved.latents, stayed.latents)
 
 
-def test_one_temperature_is_placed_without_measuring(monkeypatch):
+def test_few_temperatures_are_placed_without_measuring(monkeypatch):
     """Units that need more have their path measured then."""
     measured, original = [], annealing.measure_length
 
@@ -157,9 +157,9 @@ def test_one_temperature_is_placed_without_measuring(monkeypatch):
     monkeypatch.setattr(annealing, "measure_length", spy)
     model, noise = mixed()
     densities = prepare(model, None, (noise,)).densities[0]
-    vh.AnnealedImportanceSampling(8, num_steps=1).run(densities)
+    vh.AnnealedImportanceSampling(8, num_steps=3).run(densities)
     assert measured == []
-    vh.AnnealedImportanceSampling(8, num_steps=1, target_width=0.3, max_steps=2).run(densities)
+    vh.AnnealedImportanceSampling(8, num_steps=1, target_width=0.3, max_steps=4).run(densities)
     assert len(measured) == 1 and 0 < measured[0] < 40
 
 

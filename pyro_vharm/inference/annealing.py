@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ __all__ = ["AnnealedImportanceSampling"]
 
 _ROWS_AT_ONCE = 2**14
 _LARGEST_RISE = 8
+_LEAST_MEASURED = 4  # temperatures: to place fewer, a measured path helps less than it costs
+_COST_OF_WIDTH = 0.1  # relative variance of weights
 _CAUTION = 2.0  # the largest weights are those that a pilot misses
 
 
@@ -170,9 +172,9 @@ class AnnealedImportanceSampling:
                 part = select(pending[left])
             own = None if own is None else own[:, left]
             length, start, pending = length.select(left), start.select(left), pending[left]
-            if num_steps == 1 and len(left):
-                length = self._length(part, start, 2)
-            num_steps = self._next(num_steps, variance[left])
+            before, num_steps = num_steps, self._next(num_steps, variance[left])
+            if before < _LEAST_MEASURED <= num_steps:
+                length = self._length(part, start, num_steps)
         return done
 
     @property
@@ -204,16 +206,21 @@ class AnnealedImportanceSampling:
         return self.tune(densities, start, length, self.num_steps)
 
     def locate(self, densities: UnitDensities, start: StartDensity) -> StartDensity:
-        """The start density, its Gaussian refitted by a pilot if that was asked for."""
+        """The start density, its Gaussian refitted by a pilot if that was asked for.
+
+        A refitted one is made wider, by what would cost little were it the posterior: matched at
+        its own draws it misses what lies in its tails.
+        """
         if not self.start.refit:
             return start
-        return refit_start(densities, start, self.kernel, self.num_particles)
+        found = refit_start(densities, start, self.kernel, self.num_particles)
+        return replace(found, gaussian=found.gaussian.widened(_COST_OF_WIDTH))
 
     def _length(
         self, densities: UnitDensities, start: StartDensity, num_steps: int
     ) -> ThermodynamicLength:
         """The length of the path, where placing so many temperatures takes it."""
-        if num_steps > 1 and self.schedule.needs_length:
+        if num_steps >= _LEAST_MEASURED and self.schedule.needs_length:
             return measure_length(self._moves(densities, start, 0), self.num_particles)
         return ThermodynamicLength.unmeasured(start.gaussian.mean[:, 0])
 

@@ -18,7 +18,7 @@ __all__ = ["all_climbs_end_near"]
 
 _SCOUTS_PER_CLIMBER = 4
 _FAR = 2.5  # standard deviations of a peak from the mean
-_LEVEL = 0.5  # nats that a Newton step may still gain
+_LEVEL, _ON_TOP = 0.5, 0.01  # nats that a Newton step may still gain
 _NEW_MASS = 0.5  # nats that draws of the prior may add
 
 
@@ -35,8 +35,9 @@ def all_climbs_end_near(
     Climbers go from draws of the prior up the posterior density, by its scores, in the coordinates
     of the Gaussian. A step is as long as the slope, which leads to the top of a Gaussian, or longer
     and longer where the slope rises; at first no longer than a standard deviation in each dim, then
-    twice as long, or a quarter where that is not higher. All must end level, within two and a half
-    standard deviations of the mean. Before, draws of the prior, four times as many, must not find
+    twice as long, or a quarter where that is not higher. It leads to what the Gaussian covers where
+    the ground is level within two and a half standard deviations of the mean, and elsewhere where
+    it stands on top of another peak. Before, draws of the prior, four times as many, must not find
     mass that those of the Gaussian do not.
 
     Args:
@@ -53,11 +54,13 @@ def all_climbs_end_near(
         covered = _adds_little(densities, gaussian, draws, prior)
         first = gaussian.whiten(prior[:num_climbers])
     climb = _Climb.begin(densities, gaussian, first)
-    near, left = torch.zeros_like(covered), torch.arange(len(covered), device=covered.device)
+    near = torch.zeros_like(covered)
+    left = torch.arange(len(covered), device=covered.device)
     for _ in range(num_steps):
         climb = climb.step()
-        ended = climb.all_near
-        near[left] = ended
+        near[left] = (climb.is_level & climb.is_near).all(0)
+        elsewhere = climb.is_level.all(0) & (climb.is_on_top & ~climb.is_near).any(0)
+        ended = near[left] | elsewhere
         if bool(ended.all()):
             break
         if select is not None and float((~ended).double().mean()) < WORTH_CUTTING:
@@ -91,10 +94,19 @@ class _Climb(NamedTuple):
         return cls(densities, gaussian, at, radius, torch.ones_like(radius))
 
     @property
-    def all_near(self) -> Tensor:
-        """Whether all climbers of a unit stand on level ground near the mean, ``(unit,)``."""
-        level = 0.5 * self.at.scores.square().sum(-1) < _LEVEL
-        return (level & (self.at.whitened.norm(dim=-1) < _FAR)).all(0)
+    def is_level(self) -> Tensor:
+        """Whether a Newton step would gain little, ``(climber, unit)``."""
+        return 0.5 * self.at.scores.square().sum(-1) < _LEVEL
+
+    @property
+    def is_on_top(self) -> Tensor:
+        """Whether a Newton step would gain next to nothing, ``(climber, unit)``."""
+        return 0.5 * self.at.scores.square().sum(-1) < _ON_TOP
+
+    @property
+    def is_near(self) -> Tensor:
+        """Whether climbers stand near the mean, ``(climber, unit)``."""
+        return self.at.whitened.norm(dim=-1) < _FAR
 
     def step(self) -> _Climb:
         slope = self.at.scores.norm(dim=-1)

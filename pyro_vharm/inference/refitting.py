@@ -67,9 +67,8 @@ def refit_start(
     left = torch.arange(densities.num_units, device=densities.device)
     for effort in (_FIRST, _SECOND):
         part = _Part.of(densities, select, left)
-        found, good = match_by_scores(
-            part.densities, gaussian.select(part.units), effort, part.select
-        )
+        own = gaussian.select(part.units)
+        found, good = match_by_scores(part.densities, own, effort, part.select)
         gaussian = _replaced(gaussian, left, found.select(part.place))
         left = left[~good[part.place]]
         if not len(left):
