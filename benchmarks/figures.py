@@ -14,11 +14,17 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.widths import CLASSICAL, JAX, OURS, Point
+from benchmarks.widths import CLASSICAL, GUIDED, JAX, OURS, PUBLISHED, Point
 
 __all__ = ["draw", "load"]
 
-_STYLES = {OURS: ("C0", "o", "-"), CLASSICAL: ("C1", "s", "--"), JAX: ("C2", "^", ":")}
+_STYLES = {
+    OURS: ("C0", "o", "-"),
+    GUIDED: ("C4", "v", "-."),
+    CLASSICAL: ("C1", "s", "--"),
+    PUBLISHED: ("C3", "D", "--"),
+    JAX: ("C2", "^", ":"),
+}
 _LEAST = 2e-3  # widths below, or negative by chance, are drawn here
 
 

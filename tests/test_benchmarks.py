@@ -11,7 +11,7 @@ import pyro_vharm as vh
 from benchmarks import digits_shapes, gradients, recording, scaling, throughput, widths
 from benchmarks.figures import draw, load
 from benchmarks.timing import time_interleaved
-from benchmarks.widths import CLASSICAL, OURS, Point, time_to_width
+from benchmarks.widths import CLASSICAL, GUIDED, OURS, PUBLISHED, Point, time_to_width
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +71,11 @@ def test_tables_of_gradients_and_throughput(cheap, monkeypatch, capsys):
 
 def test_table_and_figure_of_widths(cheap, monkeypatch, capsys, tmp_path):
     saved = tmp_path / "widths.json"
-    budget = "--vaes 64-64-4 --images 3 --epochs 1 --targets 1 --first-steps 1 --most-steps 4"
+    budget = "--vaes 64-64-4 --images 3 --epochs 1 --steps 1 2 --first-steps 1 --most-steps 4"
     widths.run(options_of(widths, *budget.split(), "--width", "1e-9", "--save", str(saved)))
     assert "times ours" in capsys.readouterr().out
     points = load([saved])
-    assert {point.recipe for point in points} == {OURS, CLASSICAL}
+    assert {point.recipe for point in points} == {OURS, GUIDED, CLASSICAL, PUBLISHED}
     assert len(json.loads(saved.read_text())) == len(points)
     figure = draw(points, 0.1)
     assert figure.axes[0].get_xlabel() == "CPU seconds"

@@ -133,7 +133,11 @@ def match_by_scores(
         wide = best.spread[left] > limit
         if i >= _LEAST_ROUNDS and not bool(wide.any()):
             break
-        if i >= _LEAST_ROUNDS and select is not None and float(wide.double().mean()) < WORTH_CUTTING:
+        if (
+            i >= _LEAST_ROUNDS
+            and select is not None
+            and float(wide.double().mean()) < WORTH_CUTTING
+        ):
             kept = wide.nonzero().flatten()
             left, tried = left[kept], tried.select(kept)
             part = select(left)

@@ -15,7 +15,14 @@ from pyro_vharm.model.guide_runs import GuideRun, run_guide
 from pyro_vharm.model.model_runs import run_model_at
 from pyro_vharm.model.tracing import CALL_FAILURES
 
-__all__ = ["WORTH_CUTTING", "Selector", "cut_units", "guided_selector", "unit_blocks", "unit_selector"]
+__all__ = [
+    "WORTH_CUTTING",
+    "Selector",
+    "cut_units",
+    "guided_selector",
+    "unit_blocks",
+    "unit_selector",
+]
 
 WORTH_CUTTING = 0.75  # a share of units that is left; for more the cut costs as much as it saves
 _PROBED_UNITS = 64
