@@ -39,6 +39,7 @@ __all__ = [
 
 LEAST_DRAWS_FOR_SHAPE = 100
 _NEGLIGIBLE = 1e-12
+_TAIL_RANGE = math.log(2.0)
 _WEIGHTS_AT_ONCE = 2**16
 _UNIT_DIMS = {
     **dict.fromkeys(("unconstrained", "log_weights", "reverse_log_weights"), 1),
@@ -181,8 +182,9 @@ def pareto_shape(log_weights: Tensor, num_draws: int | None = None) -> Tensor:
     """Shape k̂ of a generalised Pareto distribution fitted to the largest weights of each unit.
 
     Weights have about 1/k moments. Above 0.7 their mean and its standard error are not to be
-    trusted at any practical number of particles. −∞ where the largest weights are equal, ∞ where
-    none is finite.
+    trusted at any practical number of particles. −∞ where the largest weights lie within a factor
+    of two, as then there is no tail: what is fitted to the noise on a level top means nothing. ∞
+    where none is finite.
 
     Args:
         log_weights: shape ``(particle, unit)``; at least the `tail_size` + 1 largest.
@@ -199,10 +201,13 @@ def pareto_shape(log_weights: Tensor, num_draws: int | None = None) -> Tensor:
 def _pareto_shape_of_one(finite: np.ndarray, missing: int) -> float:
     if len(finite) == 0:
         return math.inf
+    count = len(finite) + missing
+    if np.ptp(np.sort(finite)[-(tail_size(count) + 1) :]) < _TAIL_RANGE:
+        return -math.inf
     small = np.full(missing, finite.min())  # the fit looks at the largest only
     try:
         _, shape = array_stats.psislw(-np.concatenate([small, finite]))  # minus, as for LOO
-    except ValueError:  # all values of the tail are the same
+    except ValueError:  # nothing to fit
         return -math.inf
     return float(shape)
 

@@ -114,14 +114,10 @@ def test_no_wrong_number_has_a_clean_bill(method, planted):
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "planted"), GRID)
 def test_nor_with_other_seeds(method, planted):
-    """At home, importance sampling may raise a false alarm, but not as a rule.
-
-    The Pareto shape of good weights did so in 5 of 60 runs. At that rate 3 alarms of 5 have a
-    chance of half a percent for each pair. No other method may raise any.
-    """
+    """At home, the Pareto shape of importance sampling may raise one false alarm in five."""
     standings = [standing_of(method, planted, seed) for seed in range(5)]
     if method in EASY.get(planted, ()):
-        least = 3 if method.startswith("importance") else 5
+        least = 4 if method.startswith("importance") else 5
         assert standings.count("confirmed") >= least, standings
 
 

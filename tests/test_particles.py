@@ -88,6 +88,9 @@ def test_pareto_shapes_tell_heavy_weights_from_light_ones():
     shapes = pareto_shape(exponential * torch.tensor([0.2, 0.5, 0.9]))
     assert (shapes - torch.tensor([0.2, 0.5, 0.9])).abs().max() < 0.25
     assert torch.isneginf(pareto_shape(torch.zeros(200, 1))).all()
+    level = torch.cat([1e-4 * torch.rand(990, 40), 0.18 * torch.rand(10, 40)])
+    assert torch.isneginf(pareto_shape(level)).all(), "a fit would find k̂ near 1 in what is noise"
+    assert torch.isfinite(pareto_shape(torch.cat([level[:-1], torch.full((1, 40), 0.8)]))).all()
     assert torch.isposinf(pareto_shape(torch.full((200, 1), -torch.inf))).all()
     with_zeros = exponential.clone()
     with_zeros[:50] = -torch.inf

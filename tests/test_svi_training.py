@@ -208,7 +208,7 @@ def test_value_of_objectives_of_other_kinds():
     assert bounds["exact"].value == pytest.approx(exact, abs=1e-5)
     assert bounds["exact"].mc_error < 1e-5
     assert bounds["ELBO"].value < bounds["Renyi"].value < exact
-    assert bounds["weighted"].value < exact
+    assert bounds["weighted"].value < exact + Z * bounds["weighted"].mc_error
     assert bounds["wake-sleep"].value == pytest.approx(bounds["Renyi"].value, abs=1.0)
 
 

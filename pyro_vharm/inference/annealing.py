@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ __all__ = ["AnnealedImportanceSampling"]
 _ROWS_AT_ONCE = 2**14
 _LARGEST_RISE = 8
 _LEAST_MEASURED = 4  # temperatures: to place fewer, a measured path helps less than it costs
-_COST_OF_WIDTH = 0.1  # relative variance of weights
 _CAUTION = 2.0  # the largest weights are those that a pilot misses
 
 
@@ -62,7 +61,8 @@ class AnnealedImportanceSampling:
         target_width: nats that the bounds of a unit may lie apart; ``None`` to keep `num_steps`.
         max_steps: most temperatures of a unit with a target width.
         start: where to start, a `MatchedStart` or `PriorStart`.
-        schedule: where to place the temperatures.
+        schedule: where to place the temperatures; fewer than four are placed evenly, as to measure
+            the path for so few costs more than it helps.
         kernel: the transitions.
         num_settling: transitions at β = 1 before the reverse run.
 
@@ -206,15 +206,10 @@ class AnnealedImportanceSampling:
         return self.tune(densities, start, length, self.num_steps)
 
     def locate(self, densities: UnitDensities, start: StartDensity) -> StartDensity:
-        """The start density, its Gaussian refitted by a pilot if that was asked for.
-
-        A refitted one is made wider, by what would cost little were it the posterior: matched at
-        its own draws it misses what lies in its tails.
-        """
+        """The start density, its Gaussian refitted by a pilot if that was asked for."""
         if not self.start.refit:
             return start
-        found = refit_start(densities, start, self.kernel, self.num_particles)
-        return replace(found, gaussian=found.gaussian.widened(_COST_OF_WIDTH))
+        return refit_start(densities, start, self.kernel, self.num_particles)
 
     def _length(
         self, densities: UnitDensities, start: StartDensity, num_steps: int

@@ -31,7 +31,7 @@ _FIRST_DRAWS, _DRAWS, _LEAST_MOVES = 64, 64, 3
 _FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 3, 12
 _TYPICAL_STEPS = 20
 _LEAST_ROUNDS, _CLIMBERS = 2, 12
-_LEAST_LIMIT = 0.25
+_LEAST_LIMIT, _MOST_COST = 0.25, 0.1
 
 
 class Effort(NamedTuple):
@@ -119,6 +119,9 @@ def match_by_scores(
     covariance comes from n independent draws leaves about dim² / (2n), and tempering takes 12 draws
     for each dim; a Gaussian without any width would leave dim / 2.
 
+    Matched at its own draws, a Gaussian misses what lies in its tails. So in the end it is made
+    wider: by what costs, were it the posterior, as much variance as it leaves, and at most 0.1.
+
     Args:
         densities: the units.
         gaussian: where to begin.
@@ -149,7 +152,7 @@ def match_by_scores(
         good = good & all_climbs_end_near(
             densities, best.gaussian, best.draws, _CLIMBERS, effort.num_steps, select
         )
-    return best.gaussian, good
+    return best.gaussian.widened(best.spread.clamp(max=_MOST_COST)), good
 
 
 class _Tried(NamedTuple):

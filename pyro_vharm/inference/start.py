@@ -69,13 +69,13 @@ class UnitGaussian:
         """That of some of the units."""
         return UnitGaussian(self.mean[units], self.scale_tril[units])
 
-    def widened(self, variance: float) -> UnitGaussian:
-        """As wide as makes weights of this relative variance, were this one the target.
+    def widened(self, variance: Tensor) -> UnitGaussian:
+        """As wide as makes weights of such relative variances, ``(unit,)``, were this the target.
 
         With (1 + δ) Σ for Σ, weights have E[w²]/E[w]² = ((1 + δ)/√(1 + 2δ))^dim ≈ exp(dim δ²/2).
         """
-        delta = math.sqrt(2 * math.log1p(variance) / self.mean.shape[-1])
-        return UnitGaussian(self.mean, self.scale_tril * math.sqrt(1 + delta))
+        delta = (2 * variance.log1p() / self.mean.shape[-1]).sqrt()
+        return UnitGaussian(self.mean, self.scale_tril * (1 + delta).sqrt()[:, None, None])
 
     @property
     def log_abs_det(self) -> Tensor:
