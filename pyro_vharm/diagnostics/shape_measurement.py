@@ -266,12 +266,14 @@ def _marginals(particles: Weighted, draws: Tensor | None, sizes: Tensor) -> Tens
 def _measures(particles: Weighted, blocks: Blocks, sizes: Tensor) -> dict[str, Measured]:
     versions = measure_moments(particles, blocks)
     bound = versions["gaussian_dependence"] + versions["non_gaussianity"]
-    if particles.standard.shape[-1] == 1:
+    dim = particles.standard.shape[-1]
+    if dim == 1:
         versions["total_correlation"] = torch.zeros_like(bound)
     else:
         marginals = marginal_negentropies(particles, blocks, sizes)
         versions["total_correlation"] = bound - marginals.sum(-1)
-    return {name: blocks.measured(values) for name, values in versions.items()}
+    squares = {"gaussian_dependence": dim * (dim - 1) // 2}  # of correlations
+    return {name: blocks.measured(versions[name], squares.get(name)) for name in versions}
 
 
 def _in_nats(

@@ -63,11 +63,18 @@ class Blocks(NamedTuple):
         """How many particles enter each version."""
         return self.combine(torch.tensor([len(one) for one in self.members]).double())
 
-    def measured(self, versions: Tensor) -> Measured:
+    def measured(self, versions: Tensor, num_squares: int | None = None) -> Measured:
         """A measure and its error from its value in each version, shape ``(version, *)``.
 
         With B random blocks and θ₋ᵦ the value without one: B θ − (B − 1) mean(θ₋ᵦ), and
-        √((B − 1)/B Σ (θ₋ᵦ − mean)²).
+        √((B − 1)/B Σ (θ₋ᵦ − mean)²). A measure that is a sum of K squares hardly changes to first
+        order where all are near 0; then its error is that of squares of normal numbers, whose sum
+        has a variance of 2/K times its squared mean, and what that adds to the measure is the bias
+        b = (B − 1) (mean(θ₋ᵦ) − θ). So 2 b² / K is added below the root.
+
+        Args:
+            versions: of the measure.
+            num_squares: K, for a measure that is a sum of squares of numbers that may be near 0.
 
         Source: "Bias and confidence in not-quite large samples", Tukey (1958).
         """
@@ -76,7 +83,10 @@ class Blocks(NamedTuple):
             return Measured(whole, (whole - without[0]).abs())
         count, mean = len(without), without.mean(0)
         spread = (without - mean).square().sum(0) * (count - 1) / count
-        return Measured(count * whole - (count - 1) * mean, spread.sqrt())
+        bias = (count - 1) * (mean - whole)
+        if num_squares:
+            spread = spread + 2 * bias.square() / num_squares
+        return Measured(whole - bias, spread.sqrt())
 
 
 def random_blocks(num_particles: int, group_size: int) -> Blocks:

@@ -106,7 +106,8 @@ class _Climb(NamedTuple):
     @property
     def is_near(self) -> Tensor:
         """Whether climbers stand near the mean, ``(climber, unit)``."""
-        return self.at.whitened.norm(dim=-1) < _FAR
+        near: Tensor = self.at.whitened.norm(dim=-1) < _FAR
+        return near
 
     def step(self) -> _Climb:
         slope = self.at.scores.norm(dim=-1)
