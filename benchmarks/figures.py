@@ -37,7 +37,12 @@ def draw(points: Sequence[Point], width: float) -> Figure:
     """One panel for each VAE: mean width, with its standard error, against CPU seconds."""
     names = list(dict.fromkeys(point.vae for point in points))
     figure, axes = plt.subplots(
-        1, len(names), figsize=(3.4 * len(names), 2.8), sharey=True, squeeze=False
+        1,
+        len(names),
+        figsize=(3.4 * len(names), 3.3),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, name in zip(axes[0], names, strict=True):
         for recipe, (colour, marker, line) in _STYLES.items():
@@ -67,8 +72,8 @@ def draw(points: Sequence[Point], width: float) -> Figure:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("mean width / nats")
-    axes[0, -1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
