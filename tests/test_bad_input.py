@@ -413,3 +413,21 @@ def test_settings_that_are_refused():
     ]:
         with pytest.raises(vh.InputError, match=message):
             make()
+
+
+def test_a_density_that_is_finite_at_some_draws_only():
+    """A few draws leave some units without; more do not. Where none could, it is refused."""
+
+    def model(v, highest):
+        with pyro.plate("units", len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(()), 1.0))
+            inside = torch.where(h < highest, 0.0, -torch.inf)
+            pyro.factor("cut", inside)
+            pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+    v = torch.zeros(60)
+    evidence = vh.log_evidence(model, (v, 0.0), progress=False, confirmation=None)
+    below = dist.Normal(0.0, 2**0.5).log_prob(v) + torch.tensor(0.5).log()
+    assert float((evidence.per_unit.values - below).abs().max()) < 0.2
+    with pytest.raises(vh.InputError, match="not finite at any of 17 draws"):
+        vh.log_evidence(model, (v, -9.0), progress=False)

@@ -33,6 +33,8 @@ def test_bounds_lie_on_their_sides_and_close_in():
     assert 0 < float(narrow.widths.mean()) < 0.1 < float(wide.widths.mean())
     assert "400 simulated units" in str(narrow) and "no guarantee" in str(narrow)
     assert str(narrow.total_upper().kind) == "certified"
+    assert "; acceptance" in str(narrow) and bool((narrow.acceptance > 0.5).all())
+    assert "; acceptance" not in str(wide), "with one temperature nothing moves"
 
 
 def test_bounds_enclose_the_exact_evidence_of_the_simulated_data():

@@ -11,7 +11,9 @@ from pyro_vharm.inference.refitting import match_by_scores, refit_start
 from pyro_vharm.inference.score_matching import match_scores, score_draws
 from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_start
 from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.minibatches import unit_selector
 from pyro_vharm.model.problem import prepare
+from pyro_vharm.particles import relative_variance
 from tests.zoo.hard import far_modes
 
 
@@ -174,6 +176,49 @@ def test_only_units_that_are_not_gaussian_are_tempered(monkeypatch):
     widths = found.gaussian.scale_tril.flatten()
     assert float(widths[0::2].median()) > 0.8, "modes are at ±1.2"
     assert float(widths[1::2].max()) < 0.5
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_each_unit_is_told_by_itself_whether_all_go_on_or_those_alone_that_must(cut):
+    """Units of two modes and of one in turn, and one that takes more rounds than the others."""
+    v = torch.tensor([1.5, -1.0]).repeat(30)
+    densities = prepare(square_model, None, (v,)).densities[0]
+    start = match_start(densities, 0.05).gaussian
+    start.mean[1], start.scale_tril[1] = 4.0, 1e-3
+    select = unit_selector(densities) if cut else None
+    found, good = match_by_scores(densities, start, LONG, select)
+    assert not bool(good[0::2].any()) and float(good[1::2].double().mean()) > 0.9
+    widths = found.scale_tril.flatten()[1::2][good[1::2]]
+    assert float(widths.max() / widths.min()) < 1.5, "these units are all the same"
+
+
+def test_one_joint_unit_has_a_second_try(monkeypatch):
+    """As chance may speak against a unit that cannot be run alone, too."""
+    densities, *_ = regression(3, 1)
+    efforts, original = [], refitting.match_by_scores
+
+    def refuse_once(densities, gaussian, effort, select):
+        found, good = original(densities, gaussian, effort, select)
+        efforts.append(effort)
+        return found, good & (len(efforts) > 1)
+
+    monkeypatch.setattr(refitting, "match_by_scores", refuse_once)
+    monkeypatch.setattr(refitting, "_match_by_tempering", None)
+    refit_start(densities, match_start(densities, 0.05), HamiltonianKernel(), 16)
+    assert len(efforts) == 2 and efforts[1].num_steps > efforts[0].num_steps
+
+
+@pytest.mark.parametrize("dim", [1, 4, 50])
+def test_a_wider_gaussian_costs_the_variance_it_is_given(dim):
+    """Weights N(h; m, Σ) / N(h; m, (1 + δ) Σ) at draws of the wider one."""
+    root = torch.eye(dim).double() + 0.3 * torch.ones(dim, dim).double().tril(-1)
+    target = UnitGaussian(torch.ones(1, dim).double(), root[None])
+    wider = target.widened(torch.tensor([0.1]).double())
+    draws = wider.sample(400_000)
+    variance = relative_variance(target.log_prob(draws) - wider.log_prob(draws))
+    assert float(variance) == pytest.approx(0.1, rel=0.02)
+    same = target.widened(torch.zeros(1).double())
+    assert torch.equal(same.scale_tril, target.scale_tril)
 
 
 def test_a_hundred_near_gaussian_dims_cost_little(monkeypatch):

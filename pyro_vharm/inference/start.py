@@ -72,9 +72,11 @@ class UnitGaussian:
     def widened(self, variance: Tensor) -> UnitGaussian:
         """As wide as makes weights of such relative variances, ``(unit,)``, were this the target.
 
-        With (1 + δ) Σ for Σ, weights have E[w²]/E[w]² = ((1 + δ)/√(1 + 2δ))^dim ≈ exp(dim δ²/2).
+        With (1 + δ) Σ for Σ, weights have E[w²]/E[w]² = ((1 + δ)/√(1 + 2δ))^dim, a quadratic
+        equation for δ.
         """
-        delta = (2 * variance.log1p() / self.mean.shape[-1]).sqrt()
+        excess = (2 * variance.log1p() / self.mean.shape[-1]).expm1()
+        delta = excess + (excess.square() + excess).sqrt()
         return UnitGaussian(self.mean, self.scale_tril * (1 + delta).sqrt()[:, None, None])
 
     @property
