@@ -176,6 +176,8 @@ class StartDensity:
         if self.prior_share == 1:
             return _draw_prior(densities, num_particles)
         draws = self.gaussian.sample(num_particles)
+        if self.prior_share == 0:
+            return draws
         chosen = torch.rand(draws.shape[:2], device=draws.device) < self.prior_share
         count = int(chosen.sum(0).max())
         if not count:
