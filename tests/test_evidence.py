@@ -15,7 +15,7 @@ from pyro_vharm import (
     MatchedStart,
     log_evidence,
 )
-from pyro_vharm.inference.start import UnitGaussian, match_gaussian
+from pyro_vharm.inference.gaussians import UnitGaussian, match_gaussian
 from tests.statistics import Z
 from tests.zoo import BASICS, LOADINGS, linear_gaussian, two_modes
 

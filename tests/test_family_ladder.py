@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from scipy.optimize import minimize
 
 import pyro_vharm as vh
-from pyro_vharm.inference.start import UnitGaussian
+from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.learning import family_fitting
 from pyro_vharm.learning.family_fitting import family_elbos
 from pyro_vharm.learning.monotone_splines import bend

@@ -12,8 +12,9 @@ from pyro import poutine
 import pyro_vharm as vh
 from pyro_vharm.inference.annealed_runs import anneal_forward
 from pyro_vharm.inference.estimation import estimate_units, pooled_upper_bounds
+from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.inference.sequential import run_sequence
-from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_start
+from pyro_vharm.inference.start import StartDensity, match_start
 from pyro_vharm.model import compilation
 from pyro_vharm.model.problem import prepare
 from pyro_vharm.model.vectorising import by_loop

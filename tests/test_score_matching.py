@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from pyro_vharm.inference import refitting
+from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel
 from pyro_vharm.inference.refitting import match_by_scores, refit_start
 from pyro_vharm.inference.score_matching import match_scores, score_draws
-from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_start
+from pyro_vharm.inference.start import StartDensity, match_start
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import unit_selector
 from pyro_vharm.model.problem import prepare

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_vharm.inference.start import UnitGaussian
+from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.particles import Particles
 

@@ -38,7 +38,7 @@ from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind, UnitEstimates
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.choice import Choice, InferenceMethod, choose_method
-from pyro_vharm.inference.start import match_gaussian
+from pyro_vharm.inference.gaussians import match_gaussian
 from pyro_vharm.model.configurations import MOST_CONFIGURATIONS, list_configurations
 from pyro_vharm.model.data import Data
 from pyro_vharm.model.densities import UnitDensities

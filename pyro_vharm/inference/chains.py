@@ -13,15 +13,10 @@ from tqdm.auto import tqdm
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind
+from pyro_vharm.inference.gaussians import UnitGaussian, match_gaussian
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
 from pyro_vharm.inference.path import PathState
-from pyro_vharm.inference.start import (
-    Blocks,
-    StartDensity,
-    UnitGaussian,
-    block_starts,
-    match_gaussian,
-)
+from pyro_vharm.inference.start import Blocks, StartDensity, block_starts
 from pyro_vharm.inference.tempering import first_step_sizes
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.particles import Particles, join_units

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.inference.score_matching import ScoredDraws, log_weights, score_draws
-from pyro_vharm.inference.start import UnitGaussian
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import WORTH_CUTTING, Selector
 from pyro_vharm.particles import log_mean_exp

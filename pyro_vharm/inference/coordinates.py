@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vharm.inference.start import UnitGaussian
+from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.model.densities import UnitDensities
 
 __all__ = ["SinhCoordinates", "log_joint"]

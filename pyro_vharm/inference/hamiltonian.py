@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
+from pyro_vharm.inference.gaussians import FEW_DIMS, UnitGaussian, multiply
 from pyro_vharm.inference.path import AnnealingPath, PathState
-from pyro_vharm.inference.start import FEW_DIMS, StartDensity, UnitGaussian, multiply
+from pyro_vharm.inference.start import StartDensity
 from pyro_vharm.model.compilation import Accelerated, accelerate
 from pyro_vharm.model.densities import UnitDensities
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_vharm.inference.climbing import Points
 from pyro_vharm.inference.coordinates import SinhCoordinates
-from pyro_vharm.inference.start import UnitGaussian
+from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.inference.tensor_grid import TensorGrid
 
 __all__ = ["match_coordinates"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.inference.climbs import all_climbs_end_near
+from pyro_vharm.inference.gaussians import UnitGaussian, match_gaussian
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
 from pyro_vharm.inference.path import PathState
 from pyro_vharm.inference.score_matching import (
@@ -18,7 +19,7 @@ from pyro_vharm.inference.score_matching import (
     log_weights,
     match_scores,
 )
-from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_gaussian
+from pyro_vharm.inference.start import StartDensity
 from pyro_vharm.inference.tempering import temper, tune_step
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import WORTH_CUTTING, Selector, unit_selector

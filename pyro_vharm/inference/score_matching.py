@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vharm.inference.start import UnitGaussian, multiply
+from pyro_vharm.inference.gaussians import UnitGaussian, multiply
 from pyro_vharm.model.densities import UnitDensities
 
 __all__ = [

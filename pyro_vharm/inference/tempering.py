@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vharm.inference.gaussians import match_gaussian
 from pyro_vharm.inference.hamiltonian import HamiltonianMoves
 from pyro_vharm.inference.path import PathState
 from pyro_vharm.inference.schedules import ThermodynamicLength
-from pyro_vharm.inference.start import match_gaussian
 from pyro_vharm.particles import effective_sample_size, relative_variance, systematic_resample
 
 __all__ = ["Tempered", "first_step_sizes", "measure_length", "temper", "tune_step"]

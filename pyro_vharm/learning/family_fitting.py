@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind, UnitEstimates, concatenate
+from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel
 from pyro_vharm.inference.refitting import refit_start
-from pyro_vharm.inference.start import StartDensity, UnitGaussian, match_start
+from pyro_vharm.inference.start import StartDensity, match_start
 from pyro_vharm.learning.refit import Refit
 from pyro_vharm.learning.training import minimise
 from pyro_vharm.learning.unit_families import GuideFamily, UnitFit

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.estimates import Kind
+from pyro_vharm.inference.gaussians import match_gaussian
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
 from pyro_vharm.inference.path import PathState
-from pyro_vharm.inference.start import StartDensity, match_gaussian
+from pyro_vharm.inference.start import StartDensity
 from pyro_vharm.inference.tempering import first_step_sizes, tune_step
 from pyro_vharm.learning.posterior_particles import PosteriorParticles
 from pyro_vharm.particles import systematic_resample

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyro_vharm.inference.start import UnitGaussian
+from pyro_vharm.inference.gaussians import UnitGaussian
 
 __all__ = ["FullRank", "GuideFamily", "MeanField", "UnitDraws", "UnitFit"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
-from pyro_vharm.inference.start import UnitGaussian
+from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.learning.monotone_splines import bend, num_knot_parameters
 from pyro_vharm.learning.unit_families import Tensors, UnitDraws, affine, begin_affine
 

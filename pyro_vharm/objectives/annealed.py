@@ -15,7 +15,7 @@ from torch.distributions import constraints
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind, UnitEstimates
-from pyro_vharm.inference.start import UnitGaussian, match_gaussian
+from pyro_vharm.inference.gaussians import UnitGaussian, match_gaussian
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.guide_at_latents import GuideReading, PairAtLatents, read_guide
 from pyro_vharm.model.guide_runs import run_guide

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pyro_vharm.errors import InputError
 from pyro_vharm.estimates import Kind, UnitEstimates
+from pyro_vharm.inference.gaussians import match_gaussian
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
 from pyro_vharm.inference.path import PathState
-from pyro_vharm.inference.start import StartDensity, match_gaussian
+from pyro_vharm.inference.start import StartDensity
 from pyro_vharm.inference.tempering import first_step_sizes, tune_step
 from pyro_vharm.model.compilation import batch_signature
 from pyro_vharm.model.densities import UnitDensities

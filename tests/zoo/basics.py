@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_vharm.inference.start import UnitGaussian
+from pyro_vharm.inference.gaussians import UnitGaussian
 
 from .case import Case
 

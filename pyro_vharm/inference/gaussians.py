@@ -1,0 +1,140 @@
+"""A Gaussian for each unit, or several, and how to match one to draws."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["FEW_DIMS", "Moments", "UnitGaussian", "match_gaussian", "multiply"]
+
+FEW_DIMS = 4
+
+
+@dataclass(frozen=True)
+class UnitGaussian:
+    """A Gaussian for each unit's unconstrained latents.
+
+    Attributes:
+        mean: shape ``(unit, dim)``.
+        scale_tril: Cholesky factor of the covariance, shape ``(unit, dim, dim)``.
+    """
+
+    mean: Tensor
+    scale_tril: Tensor
+
+    def sample(self, num_particles: int) -> Tensor:
+        """Draws of shape ``(particle, unit, dim)``."""
+        noise = torch.randn(
+            num_particles, *self.mean.shape, dtype=self.mean.dtype, device=self.mean.device
+        )
+        return self.unwhiten(noise)
+
+    @property
+    def fields(self) -> tuple[Tensor, Tensor]:
+        """Mean and Cholesky factor."""
+        return self.mean, self.scale_tril
+
+    def unwhiten(self, noise: Tensor) -> Tensor:
+        """Mean + L · noise, for ``(particle, unit, dim)``."""
+        return self.mean + multiply(self.scale_tril, noise)
+
+    def whiten(self, latents: Tensor) -> Tensor:
+        """L⁻¹ (latents − mean), for ``(particle, unit, dim)``."""
+        centred = (latents - self.mean).permute(1, 2, 0)
+        solved: Tensor = torch.linalg.solve_triangular(self.scale_tril, centred, upper=False)
+        return solved.permute(2, 0, 1)
+
+    def select(self, units: Tensor) -> UnitGaussian:
+        """That of some of the units."""
+        return UnitGaussian(self.mean[units], self.scale_tril[units])
+
+    def widened(self, variance: Tensor) -> UnitGaussian:
+        """As wide as makes weights of such relative variances, ``(unit,)``, were this the target.
+
+        With (1 + δ) Σ for Σ, weights have E[w²]/E[w]² = ((1 + δ)/√(1 + 2δ))^dim, a quadratic
+        equation for δ.
+        """
+        excess = (2 * variance.log1p() / self.mean.shape[-1]).expm1()
+        delta = excess + (excess.square() + excess).sqrt()
+        return UnitGaussian(self.mean, self.scale_tril * (1 + delta).sqrt()[:, None, None])
+
+    @property
+    def log_abs_det(self) -> Tensor:
+        """Log |det L|, shape ``(unit,)``."""
+        return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def log_prob(self, latents: Tensor) -> Tensor:
+        """Log density, shape ``(particle, unit)``."""
+        return self.log_prob_whitened(self.whiten(latents))
+
+    def log_prob_whitened(self, noise: Tensor) -> Tensor:
+        """Log density of mean + L · noise, shape ``(particle, unit)``."""
+        square = noise.square().sum(-1)
+        return -0.5 * (square + noise.shape[-1] * math.log(2 * math.pi)) - self.log_abs_det
+
+
+def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Matrices ``(unit, dim, dim)`` times vectors ``(particle, unit, dim)``, unit by unit.
+
+    In few dims by elementwise products, which a compiler fuses with what comes before and after.
+    """
+    if matrix.shape[-1] > FEW_DIMS:
+        product: Tensor = torch.einsum("uij,puj->pui", matrix, vectors)
+        return product
+    return (matrix * vectors.unsqueeze(-2)).sum(-1)
+
+
+class Moments:
+    """Mean and sum of outer products about it, of draws that come in passes."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.outer = torch.tensor(0.0)
+
+    def add(self, draws: Tensor) -> None:
+        """Take in draws ``(particle, unit, dim)`` (Chan, Golub, LeVeque, 1983)."""
+        count, mean = len(draws), draws.mean(0)
+        centred = draws - mean
+        outer = torch.einsum("pui,puj->uij", centred, centred)
+        if not self.count:
+            self.count, self.mean, self.outer = count, mean, outer
+            return
+        total, apart = self.count + count, mean - self.mean
+        between = apart[..., :, None] * apart[..., None, :] * (self.count * count / total)
+        self.outer = self.outer + outer + between
+        self.mean = self.mean + apart * (count / total)
+        self.count = total
+
+    def gaussian(self) -> UnitGaussian:
+        """The Gaussian with these moments, correlations shrunk; see `match_gaussian`."""
+        covariance = self.outer / self.count
+        deviation = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+        floor = torch.finfo(deviation.dtype).eps ** 0.5 * (1 + self.mean.abs())
+        deviation = torch.maximum(deviation, floor)
+        correlation = covariance / (deviation[..., :, None] * deviation[..., None, :])
+        eye = torch.eye(self.mean.shape[-1], dtype=self.mean.dtype, device=self.mean.device)
+        off = correlation * (1 - eye)
+        variance = ((1 - off.square()).square() * (1 - eye)).sum((-1, -2)) / max(self.count - 1, 1)
+        share = (variance / off.square().sum((-1, -2)).clamp(min=1e-30)).clamp(1e-4, 1.0)
+        shrunk = off * (1 - share)[:, None, None] + eye
+        return UnitGaussian(self.mean, deviation[..., None] * torch.linalg.cholesky(shrunk))
+
+
+def match_gaussian(*draws: Tensor) -> UnitGaussian:
+    """Match mean and covariance of each unit's draws, with correlations shrunk toward 0.
+
+    The share of shrinkage is the estimated optimum Σ var(r_ij) / Σ r_ij² over pairs i ≠ j
+    ("A Shrinkage Approach to Large-Scale Covariance Matrix Estimation", Schäfer, Strimmer, 2005),
+    so draws of a mean-field guide give a diagonal matrix, and those of a correlated one keep
+    their correlations.
+
+    Args:
+        draws: one or more tensors of shape ``(particle, unit, dim)``.
+    """
+    moments = Moments()
+    for part in draws:
+        moments.add(part)
+    return moments.gaussian()
