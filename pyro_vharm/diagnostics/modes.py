@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.inference.gaussians import UnitGaussian
+from pyro_vharm.inference.peaks import ascend, peaks_of
 from pyro_vharm.model.densities import UnitDensities
 
 __all__ = ["Modes", "find_modes"]
 
-_STEPS, _SHRINKAGE, _LEAST_STEP = 150, 0.3, 1e-3
-_ARMIJO = 1e-4  # least share of the gain that the slope foresees
-_SETTLED, _DONE = 1e-3, 1e-6  # nats that a quadratic model still sees to gain
-_VALLEY = 0.1  # nats by which the density must fall between two modes
-_POINTS_BETWEEN = 15
-_ROWS_PER_PASS = 2**17
+_STEPS = 150
 
 
 class Modes(NamedTuple):
@@ -71,127 +67,22 @@ class Modes(NamedTuple):
 def find_modes(densities: UnitDensities, draws: Tensor, gaussian: UnitGaussian) -> Modes:
     """Climb from posterior draws to maxima of p(h | v; θ), and tell these apart.
 
-    Each climb is a quasi-Newton ascent (BFGS) of its own, in coordinates that a Gaussian whitens.
-    Two maxima count as one where along the straight line between them the log density does not
-    fall 0.1 nats below the lower of them.
+    Each climb is a quasi-Newton ascent of its own, in coordinates that a Gaussian whitens. Two
+    maxima count as one where along the straight line between them the log density does not fall
+    0.1 nats below the lower of them.
 
     Args:
         densities: of the units.
         draws: independent posterior draws, shape ``(draw, unit, dim)``.
         gaussian: of each unit's posterior.
     """
-    at, height, settled = _climb(densities, gaussian.whiten(draws), gaussian)
-    left, masses, locations = settled.clone(), [], []
-    count = settled.sum(0)
-    while bool(left.any()):
-        index = height.masked_fill(~left, -math.inf).argmax(0)
-        top = at.gather(0, index[None, :, None].expand(1, -1, at.shape[-1]))
-        same = left & _no_valley(densities, gaussian, at, height, top)
-        same |= left & (torch.arange(len(left), device=index.device)[:, None] == index)
-        masses.append(same.sum(0) / count)
-        locations.append(gaussian.unwhiten(top)[0])
-        left &= ~same
+    ascent = ascend(densities, gaussian, gaussian.whiten(draws), _STEPS)
+    masses, locations = [], []
+    count = ascent.settled.sum(0)
+    for peak in peaks_of(densities, gaussian, ascent):
+        masses.append(peak.same.sum(0) / count)
+        locations.append(gaussian.unwhiten(peak.at[None])[0])
     if not masses:
         empty = torch.zeros_like(gaussian.mean)
         return Modes(empty[:, :0], empty[None, :0], count, len(draws))
     return Modes(torch.stack(masses, -1).nan_to_num(), torch.stack(locations), count, len(draws))
-
-
-class _Climb(NamedTuple):
-    """State of every climb: the first three in whitened coordinates."""
-
-    at: Tensor
-    gradient: Tensor
-    curvature: Tensor  # estimate of the inverse of minus the Hessian, positive definite
-    height: Tensor
-    step: Tensor
-
-    @property
-    def direction(self) -> Tensor:
-        """Where a Newton step would lead."""
-        return torch.einsum("puij,puj->pui", self.curvature, self.gradient)
-
-    @property
-    def foreseen(self) -> Tensor:
-        """Twice the gain of that step, by the quadratic model."""
-        return (self.gradient * self.direction).sum(-1)
-
-
-def _climb(
-    densities: UnitDensities, at: Tensor, gaussian: UnitGaussian
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where climbs end, how high, and whether they came to rest."""
-    height, gradient = _slope(densities, gaussian, at)
-    eye = torch.eye(at.shape[-1], dtype=at.dtype, device=at.device)
-    state = _Climb(at, gradient, eye.expand(*at.shape, -1), height, torch.ones_like(height))
-    for _ in range(_STEPS):
-        state = _step(densities, gaussian, state)
-        if bool((state.foreseen < _DONE).all()):
-            break
-    settled = torch.isfinite(state.height) & (state.foreseen < 2 * _SETTLED)
-    return state.at, state.height, settled
-
-
-def _step(densities: UnitDensities, gaussian: UnitGaussian, state: _Climb) -> _Climb:
-    """Try one step, and learn from it, or try a shorter one next.
-
-    Source: "Numerical Optimization", Nocedal, Wright (2006), chapter 6.
-    """
-    moved = state.step[..., None] * state.direction
-    height, gradient = _slope(densities, gaussian, state.at + moved)
-    up = height >= state.height + _ARMIJO * state.step * state.foreseen
-    change = state.gradient - gradient
-    product = (moved * change).sum(-1)
-    learns = up & (product > 1e-10)
-    updated = _updated(state.curvature, moved, change, product.masked_fill(~learns, 1.0))
-    curvature = torch.where(learns[..., None, None], updated, state.curvature)
-    stuck = ~up & (state.step < _LEAST_STEP)
-    eye = torch.eye(moved.shape[-1], dtype=moved.dtype, device=moved.device)
-    forgets = (up & ~learns) | stuck
-    curvature = torch.where(forgets[..., None, None], eye, curvature)
-    shorter = _SHRINKAGE * state.step
-    step = torch.where(stuck, _LEAST_STEP / (1 + state.gradient.norm(dim=-1)), shorter)
-    return _Climb(
-        torch.where(up[..., None], state.at + moved, state.at),
-        torch.where(up[..., None], gradient, state.gradient),
-        curvature,
-        torch.where(up, height, state.height),
-        torch.where(up, torch.ones_like(step), step),
-    )
-
-
-def _updated(curvature: Tensor, moved: Tensor, change: Tensor, product: Tensor) -> Tensor:
-    """The BFGS update of an inverse Hessian by a step s and the change y of the slope."""
-    share = moved / product[..., None]
-    eye = torch.eye(moved.shape[-1], dtype=moved.dtype, device=moved.device)
-    left = eye - share[..., :, None] * change[..., None, :]
-    return left @ curvature @ left.mT + share[..., :, None] * moved[..., None, :]
-
-
-def _slope(
-    densities: UnitDensities, gaussian: UnitGaussian, whitened: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log joint density and its gradient in whitened coordinates; NaN counts as −∞."""
-    values, gradients = [], []
-    for part in whitened.split(max(_ROWS_PER_PASS // densities.num_units, 1)):
-        with torch.enable_grad():
-            leaf = part.detach().requires_grad_()
-            value = densities.log_joint(gaussian.unwhiten(leaf))
-            (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        values.append(value.detach())
-        gradients.append(gradient)
-    return torch.cat(values).nan_to_num(nan=-math.inf), torch.cat(gradients).nan_to_num()
-
-
-def _no_valley(
-    densities: UnitDensities, gaussian: UnitGaussian, at: Tensor, height: Tensor, top: Tensor
-) -> Tensor:
-    """Whether the line from each end to the top stays as high as the end, ``(draw, unit)``."""
-    lowest = height
-    for share in torch.linspace(0, 1, _POINTS_BETWEEN + 2)[1:-1].tolist():
-        between = gaussian.unwhiten(at + share * (top - at))
-        passes = between.split(max(_ROWS_PER_PASS // densities.num_units, 1))
-        with torch.no_grad():
-            found = torch.cat([densities.log_joint(part) for part in passes])
-        lowest = torch.minimum(lowest, found.nan_to_num(nan=-math.inf))
-    return lowest > height - _VALLEY
