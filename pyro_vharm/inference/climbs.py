@@ -9,17 +9,62 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.inference.gaussians import UnitGaussian
-from pyro_vharm.inference.score_matching import ScoredDraws, log_weights, score_draws
+from pyro_vharm.inference.score_matching import ScoredDraws, score_draws
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import WORTH_CUTTING, Selector
 from pyro_vharm.particles import log_mean_exp
 
-__all__ = ["all_climbs_end_near"]
+__all__ = ["Weighed", "all_climbs_end_near", "finds_no_new_mass"]
 
 _SCOUTS_PER_CLIMBER = 4
 _FAR = 2.5  # standard deviations of a peak from the mean
 _LEVEL, _ON_TOP = 0.5, 0.01  # nats that a Newton step may still gain
 _NEW_MASS = 0.5  # nats that draws of the prior may add
+
+
+class Weighed(NamedTuple):
+    """Points with the densities that weigh them, each of shape ``(particle, unit)``.
+
+    Attributes:
+        log_prior: log p(h; θ).
+        log_joint: log p(v, h; θ).
+        log_matched: log density of what is matched to the posterior.
+    """
+
+    log_prior: Tensor
+    log_joint: Tensor
+    log_matched: Tensor
+
+    @classmethod
+    def at(cls, densities: UnitDensities, latents: Tensor, log_matched: Tensor) -> Weighed:
+        """Of latents ``(particle, unit, dim)``; without a joint density they weigh nothing."""
+        with torch.no_grad():
+            terms = densities.terms(latents)
+        return cls(terms.log_prior, terms.log_joint.nan_to_num(nan=-torch.inf), log_matched)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Of draws of what is matched."""
+        return self.log_joint - self.log_matched
+
+
+def finds_no_new_mass(own: Weighed, scouts: Weighed) -> Tensor:
+    """Whether draws of the prior add next to nothing to what is matched, shape ``(unit,)``.
+
+    Both kinds of draws, weighed under their mixture, must have about the mean of the first kind's
+    weights.
+
+    Args:
+        own: draws of what is matched.
+        scouts: draws of the prior.
+    """
+    both = Weighed(*(torch.cat(pair) for pair in zip(own, scouts, strict=True)))
+    share = len(own.log_joint) / len(both.log_joint)
+    mixture = torch.logaddexp(
+        both.log_matched + math.log(share), both.log_prior + math.log1p(-share)
+    )
+    total = log_mean_exp(both.log_joint - mixture)
+    return total - log_mean_exp(own.log_weights) < _NEW_MASS
 
 
 def all_climbs_end_near(
@@ -49,11 +94,13 @@ def all_climbs_end_near(
         select: what gives the densities of some of the units, so that climbs go on for those alone
             whose climbers have not all ended.
     """
-    with torch.no_grad():
-        prior = densities.draw_prior(_SCOUTS_PER_CLIMBER * num_climbers)
-        covered = _adds_little(densities, gaussian, draws, prior)
-        first = gaussian.whiten(prior[:num_climbers])
-    climb = _Climb.begin(densities, gaussian, first)
+    scouts = densities.draw_prior(_SCOUTS_PER_CLIMBER * num_climbers)
+    whitened = gaussian.whiten(scouts)
+    log_matched = gaussian.log_prob_whitened(draws.whitened)
+    own = Weighed(draws.log_prior, draws.log_joint, log_matched)
+    found = Weighed.at(densities, scouts, gaussian.log_prob_whitened(whitened))
+    covered = finds_no_new_mass(own, found)
+    climb = _Climb.begin(densities, gaussian, whitened[:num_climbers])
     near = torch.zeros_like(covered)
     left = torch.arange(len(covered), device=covered.device)
     for _ in range(num_steps):
@@ -126,19 +173,3 @@ class _Climb(NamedTuple):
         """Those of some of the units."""
         gaussian, at = self.gaussian.select(units), self.at.select(units)
         return _Climb(densities, gaussian, at, self.radius[:, units], self.factor[:, units])
-
-
-def _adds_little(
-    densities: UnitDensities, gaussian: UnitGaussian, draws: ScoredDraws, prior: Tensor
-) -> Tensor:
-    """Whether weights under the mixture of both kinds of draws have the mean of the Gaussian's."""
-    terms = densities.terms(prior)
-    log_joint = torch.cat([draws.log_joint, terms.log_joint.nan_to_num(nan=-torch.inf)])
-    log_prior = torch.cat([draws.log_prior, terms.log_prior])
-    whitened = torch.cat([draws.whitened, gaussian.whiten(prior)])
-    share = len(draws.log_joint) / len(log_joint)
-    mixture = torch.logaddexp(
-        gaussian.log_prob_whitened(whitened) + math.log(share), log_prior + math.log1p(-share)
-    )
-    total = log_mean_exp(log_joint - mixture)
-    return total - log_mean_exp(log_weights(gaussian, draws)) < _NEW_MASS

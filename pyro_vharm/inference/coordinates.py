@@ -59,8 +59,7 @@ class SinhCoordinates:
 
     def replace(self, units: Tensor, other: SinhCoordinates) -> SinhCoordinates:
         """With those of some of the units replaced."""
-        pairs = zip(self.gaussian.fields, other.gaussian.fields, strict=True)
-        return SinhCoordinates(UnitGaussian(*(a.index_copy(0, units, b) for a, b in pairs)))
+        return SinhCoordinates(self.gaussian.replaced(units, other.gaussian))
 
 
 def _log_cosh(x: Tensor) -> Tensor:

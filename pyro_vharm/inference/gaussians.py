@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["FEW_DIMS", "Moments", "UnitGaussian", "match_gaussian", "multiply"]
+__all__ = ["FEW_DIMS", "Moments", "UnitGaussian", "UnitMixture", "match_gaussian", "multiply"]
 
 FEW_DIMS = 4
 
@@ -51,6 +51,11 @@ class UnitGaussian:
         """That of some of the units."""
         return UnitGaussian(self.mean[units], self.scale_tril[units])
 
+    def replaced(self, units: Tensor, other: UnitGaussian) -> UnitGaussian:
+        """This one, but for some of the units the other."""
+        pairs = zip(self.fields, other.fields, strict=True)
+        return UnitGaussian(*(a.index_copy(0, units, b) for a, b in pairs))
+
     def widened(self, variance: Tensor) -> UnitGaussian:
         """As wide as makes weights of such relative variances, ``(unit,)``, were this the target.
 
@@ -74,6 +79,108 @@ class UnitGaussian:
         """Log density of mean + L · noise, shape ``(particle, unit)``."""
         square = noise.square().sum(-1)
         return -0.5 * (square + noise.shape[-1] * math.log(2 * math.pi)) - self.log_abs_det
+
+
+@dataclass(frozen=True)
+class UnitMixture:
+    """Σ_c s_c N(h; m_c, Σ_c) for each unit's unconstrained latents.
+
+    Attributes:
+        log_shares: log s_c, −∞ where a unit has fewer components, shape ``(component, unit)``.
+        gaussians: the first component of every unit, then the second of every unit, and so on.
+    """
+
+    log_shares: Tensor
+    gaussians: UnitGaussian
+
+    @classmethod
+    def single(cls, gaussian: UnitGaussian) -> UnitMixture:
+        """Of one component for each unit."""
+        return cls(torch.zeros_like(gaussian.mean[None, :, 0]), gaussian)
+
+    def replaced(self, units: Tensor, other: UnitMixture) -> UnitMixture:
+        """This one, but for some of the units the other."""
+        count = max(len(self.log_shares), len(other.log_shares))
+        own, further = self._padded(count), other._padded(count)
+        every = torch.arange(count * own.log_shares.shape[1], device=units.device)
+        places = every.reshape(count, -1)[:, units].flatten()
+        log_shares = own.log_shares.index_copy(1, units, further.log_shares)
+        return UnitMixture(log_shares, own.gaussians.replaced(places, further.gaussians))
+
+    def _padded(self, count: int) -> UnitMixture:
+        """With further components, equal to the first, that have no share."""
+        shape = self.log_shares.shape
+        more = count - shape[0]
+        log_shares = nn.functional.pad(self.log_shares, (0, 0, 0, more), value=-math.inf)
+        fields = (
+            torch.cat([field, *[field[: shape[1]]] * more]) for field in self.gaussians.fields
+        )
+        return UnitMixture(log_shares, UnitGaussian(*fields))
+
+    def sample(self, num_particles: int) -> Tensor:
+        """Draws of shape ``(particle, unit, dim)``."""
+        shares = self.log_shares.exp().T
+        chosen = torch.multinomial(shares, num_particles, replacement=True).T
+        noise = torch.randn(
+            num_particles,
+            *self.gaussians.mean[: len(shares)].shape,
+            dtype=self.log_shares.dtype,
+            device=self.log_shares.device,
+        )
+        each = self.gaussians.unwhiten(self._repeat(noise)).unflatten(1, self.log_shares.shape)
+        index = chosen[:, None, :, None].expand(-1, 1, -1, each.shape[-1])
+        drawn: Tensor = each.gather(1, index)[:, 0]
+        return drawn
+
+    def log_prob(self, latents: Tensor) -> Tensor:
+        """Log density, shape ``(particle, unit)``."""
+        each = self.gaussians.log_prob(self._repeat(latents)).unflatten(1, self.log_shares.shape)
+        total: Tensor = torch.logsumexp(each + self.log_shares, 1)
+        return total
+
+    def distance(self, latents: Tensor) -> Tensor:
+        """Standard deviations to the mean of the nearest component, shape ``(particle, unit)``."""
+        whitened = self.gaussians.whiten(self._repeat(latents))
+        each: Tensor = whitened.norm(dim=-1).unflatten(1, self.log_shares.shape)
+        return each.masked_fill(torch.isneginf(self.log_shares), math.inf).amin(1)
+
+    def _repeat(self, latents: Tensor) -> Tensor:
+        """``(particle, unit, dim)`` for every component, ``(particle, component · unit, dim)``."""
+        return latents.repeat(1, len(self.log_shares), 1)
+
+    def select(self, units: Tensor) -> UnitMixture:
+        """That of some of the units."""
+        shape = self.log_shares.shape
+        fields = (
+            field.unflatten(0, shape)[:, units].flatten(0, 1) for field in self.gaussians.fields
+        )
+        return UnitMixture(self.log_shares[:, units], UnitGaussian(*fields))
+
+    @property
+    def fields(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log shares, means and Cholesky factors."""
+        return self.log_shares, *self.gaussians.fields
+
+    @property
+    def moments(self) -> UnitGaussian:
+        """The Gaussian of each unit with the mixture's mean and covariance."""
+        return self._moments(between=True)
+
+    @property
+    def within(self) -> UnitGaussian:
+        """The Gaussian with the mixture's mean and the mean of its components' covariances."""
+        return self._moments(between=False)
+
+    def _moments(self, *, between: bool) -> UnitGaussian:
+        shape, shares = self.log_shares.shape, self.log_shares.exp()
+        means, scale_trils = (field.unflatten(0, shape) for field in self.gaussians.fields)
+        mean = (shares[..., None] * means).sum(0)
+        covariances = scale_trils @ scale_trils.mT
+        if between:
+            apart = means - mean
+            covariances = covariances + apart[..., :, None] * apart[..., None, :]
+        covariance = (shares[..., None, None] * covariances).sum(0)
+        return UnitGaussian(mean, torch.linalg.cholesky(covariance))
 
 
 def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
-from pyro_vharm.inference.gaussians import FEW_DIMS, UnitGaussian, multiply
+from pyro_vharm.inference.gaussians import FEW_DIMS, UnitGaussian, UnitMixture, multiply
 from pyro_vharm.inference.path import AnnealingPath, PathState
 from pyro_vharm.inference.start import StartDensity
 from pyro_vharm.model.compilation import Accelerated, accelerate
@@ -82,14 +82,15 @@ class HamiltonianKernel:
         """
         layout = _Layout(dims_first=densities.dim <= FEW_DIMS)
         path = AnnealingPath(densities, start, self.whitened)
-        gaussian = layout.pack_gaussian(start.gaussian)
+        fields = layout.pack_start(start)
         trajectory = _Trajectory(
             start.prior_share, self.num_leapfrog, self.whitened, own_metric, layout
         )
         inputs = self._example(path, layout, num_particles)
-        further = (*gaussian, gaussian[1]) if own_metric else gaussian
+        metric = layout.pack(start.gaussian.scale_tril, 2)
+        further = (metric, *fields) if own_metric else fields
         call = accelerate(trajectory, densities, (*inputs, *further), num_calls)
-        return HamiltonianMoves(self, path, own_metric, layout, gaussian, call)
+        return HamiltonianMoves(self, path, own_metric, layout, fields, call)
 
     def _example(
         self, path: AnnealingPath, layout: _Layout, num_particles: int
@@ -130,9 +131,26 @@ class _Layout:
             return tensor
         return tensor.movedim(tuple(range(num_dims)), tuple(range(-num_dims, 0)))
 
-    def pack_gaussian(self, gaussian: UnitGaussian) -> tuple[Tensor, Tensor]:
-        """Mean and Cholesky factor."""
+    def pack_start(self, start: StartDensity) -> tuple[Tensor, ...]:
+        """Means and Cholesky factors of a start density, with the shares of a mixture."""
+        gaussian = self._pack_gaussian(start.gaussian)
+        if start.mixture is None:
+            return gaussian
+        return *gaussian, start.mixture.log_shares, *self._pack_gaussian(start.mixture.gaussians)
+
+    def unpack_start(self, fields: Sequence[Tensor], prior_share: float) -> StartDensity:
+        """The start density of such fields."""
+        gaussian, mixture = self._unpack_gaussian(fields[:2]), None
+        if len(fields) > 2:
+            mixture = UnitMixture(fields[2], self._unpack_gaussian(fields[3:]))
+        return StartDensity(gaussian, prior_share, mixture)
+
+    def _pack_gaussian(self, gaussian: UnitGaussian) -> tuple[Tensor, Tensor]:
         return self.pack(gaussian.mean, 1), self.pack(gaussian.scale_tril, 2)
+
+    def _unpack_gaussian(self, fields: Sequence[Tensor]) -> UnitGaussian:
+        mean, scale_tril = fields
+        return UnitGaussian(self.unpack(mean, 1), self.unpack(scale_tril, 2))
 
     def pack_state(self, state: PathState) -> tuple[Tensor, ...]:
         """The fields of a state."""
@@ -152,7 +170,7 @@ class HamiltonianMoves:
         path: the densities, f_0 and the coordinates that it moves in.
         own_metric: whether each call brings its own metric.
         layout: how tensors lie in memory.
-        gaussian: mean and Cholesky factor of the start's Gaussian, in that layout.
+        fields: the tensors of the start density, in that layout.
         trajectory: the transition as a function of tensors.
     """
 
@@ -160,7 +178,7 @@ class HamiltonianMoves:
     path: AnnealingPath
     own_metric: bool
     layout: _Layout
-    gaussian: tuple[Tensor, Tensor]
+    fields: tuple[Tensor, ...]
     trajectory: Accelerated
 
     @property
@@ -207,20 +225,21 @@ class HamiltonianMoves:
         fields = self.layout.pack_state(state)
         momentum = torch.randn_like(fields[0])
         uniform = torch.rand_like(state.log_joint)
-        inputs = (*fields, momentum, uniform, temperature, step_size, *self.gaussian)
+        inputs = (*fields, momentum, uniform, temperature, step_size)
         if self.own_metric:
             assert metric is not None, "moves that take their own metric need one"
             inputs = (*inputs, self.layout.pack(metric, 2))
-        *moved, acceptance = self.trajectory(*inputs)
+        *moved, acceptance = self.trajectory(*inputs, *self.fields)
         return Transition(self.layout.unpack_state(moved), acceptance)
 
     def on(self, densities: UnitDensities, start: StartDensity) -> HamiltonianMoves:
-        """The same for another batch of the same shape, from a start with as much prior."""
+        """The same for another batch of the same shape, from a start of the same form."""
         assert start.prior_share == self.start.prior_share, "it is part of the compiled function"
+        assert len(self.layout.pack_start(start)) == len(self.fields), "and so is a mixture"
         return replace(
             self,
             path=replace(self.path, densities=densities, start=start),
-            gaussian=self.layout.pack_gaussian(start.gaussian),
+            fields=self.layout.pack_start(start),
             trajectory=self.trajectory.on(densities),
         )
 
@@ -239,10 +258,10 @@ class _Trajectory:
         state = self.layout.unpack_state(inputs[:5])
         momentum = self.layout.unpack(inputs[5], 1)
         uniform, temperature, step_size = inputs[6:9]
-        mean, scale_tril = self.layout.unpack(inputs[9], 1), self.layout.unpack(inputs[10], 2)
-        start = StartDensity(UnitGaussian(mean, scale_tril), self.prior_share)
+        num_own = int(self.own_metric)
+        start = self.layout.unpack_start(inputs[9 + num_own :], self.prior_share)
         path = AnnealingPath(densities, start, self.whitened)
-        metric = self.layout.unpack(inputs[11], 2) if self.own_metric and self.whitened else None
+        metric = self.layout.unpack(inputs[9], 2) if self.own_metric and self.whitened else None
         proposed, moving = self._integrate(path, state, momentum, temperature, step_size, metric)
         before = state.log_density(temperature) - 0.5 * momentum.square().sum(-1)
         after = proposed.log_density(temperature) - 0.5 * moving.square().sum(-1)

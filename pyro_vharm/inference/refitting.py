@@ -1,8 +1,8 @@
-"""Refitting a start density: by scores where a posterior is near Gaussian, else by tempering."""
+"""Refitting a start density: by scores where one or several Gaussians do, else by tempering."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,19 +10,15 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.inference.climbs import all_climbs_end_near
-from pyro_vharm.inference.gaussians import UnitGaussian, match_gaussian
+from pyro_vharm.inference.gaussians import UnitGaussian, UnitMixture, match_gaussian
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel, HamiltonianMoves
+from pyro_vharm.inference.mixture_matching import affordable_units, match_mixture
 from pyro_vharm.inference.path import PathState
-from pyro_vharm.inference.score_matching import (
-    ScoredDraws,
-    draw_pairs,
-    log_weights,
-    match_scores,
-)
+from pyro_vharm.inference.score_matching import MOST_COST, largest_spread, match_in_rounds
 from pyro_vharm.inference.start import StartDensity
 from pyro_vharm.inference.tempering import temper, tune_step
 from pyro_vharm.model.densities import UnitDensities
-from pyro_vharm.model.minibatches import WORTH_CUTTING, Selector, unit_selector
+from pyro_vharm.model.minibatches import Selector, unit_selector
 
 __all__ = ["Effort", "match_by_scores", "refit_start"]
 
@@ -31,8 +27,7 @@ _WIDE_SHARE = 0.5
 _FIRST_DRAWS, _DRAWS, _LEAST_MOVES = 64, 64, 3
 _FIRST_DRAWS_PER_DIM, _DRAWS_PER_DIM = 3, 12
 _TYPICAL_STEPS = 20
-_LEAST_ROUNDS, _CLIMBERS = 2, 12
-_LEAST_LIMIT, _MOST_COST = 0.25, 0.1
+_CLIMBERS = 12
 
 
 class Effort(NamedTuple):
@@ -56,7 +51,8 @@ def refit_start(
     First by the scores at a few draws. That is kept for units whose weights under the Gaussian are
     as even as a matched population could make them, and where all climbs from the prior end within
     it: one near-Gaussian mode. Those that fail try once more and longer, as few draws may speak
-    against a unit by chance. The rest are matched by a tempered population.
+    against a unit by chance. The others get a mixture of Gaussians, one for each peak that climbs
+    find, if that is good in the same sense. The rest are matched by a tempered population.
 
     Args:
         densities: the units.
@@ -70,13 +66,35 @@ def refit_start(
         part = _Part.of(densities, select, left)
         own = gaussian.select(part.units)
         found, good = match_by_scores(part.densities, own, effort, part.select)
-        gaussian = _replaced(gaussian, left, found.select(part.place))
+        gaussian = gaussian.replaced(left, found.select(part.place))
         left = left[~good[part.place]]
         if not len(left):
             return replace(start, gaussian=gaussian)
-    part = _Part.of(densities, select, left)
-    tempered = _match_by_tempering(part.densities, start.select(part.units), kernel, num_particles)
-    return replace(start, gaussian=_replaced(gaussian, left, tempered.select(part.place)))
+    mixtures, alone = [], []
+    for some in left.split(affordable_units(densities.dim)):
+        part = _Part.of(densities, select, some)
+        several, good = match_mixture(part.densities, gaussian.select(part.units))
+        kept = good[part.place]
+        mixtures.append((some[kept], several.select(part.place[kept])))
+        alone.append(some[~kept])
+    left = torch.cat(alone)
+    if len(left):
+        part = _Part.of(densities, select, left)
+        first = start.select(part.units)
+        tempered = _match_by_tempering(part.densities, first, kernel, num_particles)
+        gaussian = gaussian.replaced(left, tempered.select(part.place))
+    return _joined(replace(start, gaussian=gaussian), mixtures)
+
+
+def _joined(start: StartDensity, mixtures: Sequence[tuple[Tensor, UnitMixture]]) -> StartDensity:
+    """A start density that is a mixture for some of the units."""
+    if not any(len(units) for units, _ in mixtures):
+        return start
+    gaussian, whole = start.gaussian, UnitMixture.single(start.gaussian)
+    for units, mixture in mixtures:
+        gaussian = gaussian.replaced(units, mixture.within)
+        whole = whole.replaced(units, mixture)
+    return replace(start, gaussian=gaussian, mixture=whole)
 
 
 class _Part(NamedTuple):
@@ -103,11 +121,6 @@ class _Part(NamedTuple):
         return cls(select(units), units, place, lambda some: select(units[some]))
 
 
-def _replaced(gaussian: UnitGaussian, units: Tensor, other: UnitGaussian) -> UnitGaussian:
-    pairs = zip(gaussian.fields, other.fields, strict=True)
-    return UnitGaussian(*(a.index_copy(0, units, b) for a, b in pairs))
-
-
 def match_by_scores(
     densities: UnitDensities,
     gaussian: UnitGaussian,
@@ -115,10 +128,6 @@ def match_by_scores(
     select: Selector | None = None,
 ) -> tuple[UnitGaussian, Tensor]:
     """A Gaussian for each unit by its scores, and for which units that is good enough.
-
-    The variance of the log weights of draws may be at most ¼ + dim / 24: a Gaussian whose
-    covariance comes from n independent draws leaves about dim² / (2n), and tempering takes 12 draws
-    for each dim; a Gaussian without any width would leave dim / 2.
 
     Matched at its own draws, a Gaussian misses what lies in its tails. So in the end it is made
     wider: by what costs, were it the posterior, as much variance as it leaves, and at most 0.1.
@@ -130,54 +139,13 @@ def match_by_scores(
         select: what gives the densities of some of the units, so that rounds and climbs go on for
             those alone that take more of them.
     """
-    limit = _LEAST_LIMIT + densities.dim / (2 * _DRAWS_PER_DIM)
-    best = tried = _tried(densities, gaussian)
-    left, part = torch.arange(densities.num_units, device=best.spread.device), densities
-    for i in range(effort.num_rounds):
-        wide = best.spread[left] > limit
-        if i >= _LEAST_ROUNDS and not bool(wide.any()):
-            break
-        if (
-            i >= _LEAST_ROUNDS
-            and select is not None
-            and float(wide.double().mean()) < WORTH_CUTTING
-        ):
-            kept = wide.nonzero().flatten()
-            left, tried = left[kept], tried.select(kept)
-            part = select(left)
-        tried = _tried(part, match_scores(tried.gaussian, tried.draws))
-        better = (tried.spread < best.spread[left]).nonzero().flatten()
-        best = best.replaced(left[better], tried.select(better))
-    good = best.spread <= limit
+    best = match_in_rounds(densities, gaussian, effort.num_rounds, select)
+    good = best.spread <= largest_spread(densities.dim)
     if bool(good.any()):
         good = good & all_climbs_end_near(
             densities, best.gaussian, best.draws, _CLIMBERS, effort.num_steps, select
         )
-    return best.gaussian.widened(best.spread.clamp(max=_MOST_COST)), good
-
-
-class _Tried(NamedTuple):
-    """A Gaussian per unit, draws of it, and the variance of their log weights."""
-
-    gaussian: UnitGaussian
-    draws: ScoredDraws
-    spread: Tensor
-
-    def select(self, units: Tensor) -> _Tried:
-        """That of some of the units."""
-        return _Tried(self.gaussian.select(units), self.draws.select(units), self.spread[units])
-
-    def replaced(self, units: Tensor, other: _Tried) -> _Tried:
-        """This one, but for some of the units the other."""
-        gaussian = _replaced(self.gaussian, units, other.gaussian)
-        draws = self.draws.replaced(units, other.draws)
-        return _Tried(gaussian, draws, self.spread.index_copy(0, units, other.spread))
-
-
-def _tried(densities: UnitDensities, gaussian: UnitGaussian) -> _Tried:
-    draws = draw_pairs(densities, gaussian)
-    spread = log_weights(gaussian, draws).var(0).nan_to_num(nan=math.inf)
-    return _Tried(gaussian, draws, spread)
+    return best.gaussian.widened(best.spread.clamp(max=MOST_COST)), good
 
 
 def _match_by_tempering(

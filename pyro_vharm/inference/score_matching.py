@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,16 +10,22 @@ from torch import Tensor
 
 from pyro_vharm.inference.gaussians import UnitGaussian, multiply
 from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.minibatches import WORTH_CUTTING, Selector
 
 __all__ = [
+    "MOST_COST",
+    "Matched",
     "ScoredDraws",
-    "draw_pairs",
+    "largest_spread",
     "log_weights",
+    "match_in_rounds",
     "match_scores",
     "score_draws",
 ]
 
-_LEAST_PAIRS, _PULL = 8, 10.0
+MOST_COST = 0.1
+_LEAST_ROUNDS, _LEAST_PAIRS, _PULL = 2, 8, 10.0
+_LEAST_LIMIT, _DRAWS_PER_DIM = 0.25, 12
 _STEEPEST = 0.3  # a power of the largest number: matching squares scores, and sums them
 
 
@@ -57,20 +64,97 @@ def score_draws(densities: UnitDensities, gaussian: UnitGaussian, whitened: Tens
 
     Where either is no finite number, or the square of a score would soon be none, log p(v, h; θ)
     counts as −∞ and the score as 0.
+
+    Args:
+        densities: the units.
+        gaussian: one for each unit, or several: a first one for all units, then a second one, …
+        whitened: points in the coordinates of each.
     """
     with torch.enable_grad():
         latents = gaussian.unwhiten(whitened).requires_grad_()
-        terms = densities.terms(latents)
+        terms = densities.terms(latents.reshape(-1, densities.num_units, densities.dim))
         (gradient,) = torch.autograd.grad(terms.log_joint.sum(), latents)
+    log_prior, log_joint = (term.detach().reshape(whitened.shape[:2]) for term in terms)
     scores = multiply(gaussian.scale_tril.mT, gradient)
     largest = torch.finfo(scores.dtype).max ** _STEEPEST
-    known = torch.isfinite(terms.log_joint) & (scores.abs() < largest).all(-1)
-    log_joint = terms.log_joint.detach().masked_fill(~known, -torch.inf)
+    known = torch.isfinite(log_joint) & (scores.abs() < largest).all(-1)
+    log_joint = log_joint.masked_fill(~known, -torch.inf)
     scores = scores.masked_fill(~known[..., None], 0.0)
-    return ScoredDraws(whitened, terms.log_prior.detach(), log_joint, scores)
+    return ScoredDraws(whitened, log_prior, log_joint, scores)
 
 
-def draw_pairs(densities: UnitDensities, gaussian: UnitGaussian) -> ScoredDraws:
+class Matched(NamedTuple):
+    """A Gaussian per unit, draws of it, and the variance of their log weights, ``(unit,)``."""
+
+    gaussian: UnitGaussian
+    draws: ScoredDraws
+    spread: Tensor
+
+    @classmethod
+    def at(cls, densities: UnitDensities, gaussian: UnitGaussian) -> Matched:
+        """As a Gaussian is, with fresh draws."""
+        draws = _draw_pairs(densities, gaussian)
+        spread = log_weights(gaussian, draws).var(0).nan_to_num(nan=math.inf)
+        return cls(gaussian, draws, spread)
+
+    def select(self, units: Tensor) -> Matched:
+        """That of some of the units."""
+        return Matched(self.gaussian.select(units), self.draws.select(units), self.spread[units])
+
+    def replaced(self, units: Tensor, other: Matched) -> Matched:
+        """This one, but for some of the units the other."""
+        gaussian = self.gaussian.replaced(units, other.gaussian)
+        draws = self.draws.replaced(units, other.draws)
+        return Matched(gaussian, draws, self.spread.index_copy(0, units, other.spread))
+
+
+def largest_spread(dim: int) -> float:
+    """How large the variance of the log weights of draws may be for a Gaussian to be good enough.
+
+    ¼ + dim / 24: one whose covariance comes from n independent draws leaves about dim² / (2n), and
+    tempering takes 12 draws for each dim; one without any width would leave dim / 2.
+    """
+    return _LEAST_LIMIT + dim / (2 * _DRAWS_PER_DIM)
+
+
+def match_in_rounds(
+    densities: UnitDensities,
+    gaussian: UnitGaussian,
+    num_rounds: int,
+    select: Selector | None = None,
+) -> Matched:
+    """The best of several rounds of `match_scores`, each at draws of the one before.
+
+    Args:
+        densities: the units.
+        gaussian: where to begin; several for each unit, as for `score_draws`, if `select` is not
+            given.
+        num_rounds: most rounds, at least two; a unit that is matched well enough needs no more.
+        select: what gives the densities of some of the units, so that rounds go on for those alone
+            that take more of them.
+    """
+    limit = largest_spread(densities.dim)
+    best = tried = Matched.at(densities, gaussian)
+    left, part = torch.arange(len(best.spread), device=best.spread.device), densities
+    for i in range(num_rounds):
+        wide = best.spread[left] > limit
+        if i >= _LEAST_ROUNDS and not bool(wide.any()):
+            break
+        if (
+            i >= _LEAST_ROUNDS
+            and select is not None
+            and float(wide.double().mean()) < WORTH_CUTTING
+        ):
+            kept = wide.nonzero().flatten()
+            left, tried = left[kept], tried.select(kept)
+            part = select(left)
+        tried = Matched.at(part, match_scores(tried.gaussian, tried.draws))
+        better = (tried.spread < best.spread[left]).nonzero().flatten()
+        best = best.replaced(left[better], tried.select(better))
+    return best
+
+
+def _draw_pairs(densities: UnitDensities, gaussian: UnitGaussian) -> ScoredDraws:
     """Draws of the Gaussian in pairs e, −e, enough of them to tell a covariance matrix."""
     num_pairs = max(densities.dim + 2, _LEAST_PAIRS)
     half = torch.randn_like(gaussian.mean.expand(num_pairs, -1, -1))

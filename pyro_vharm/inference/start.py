@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vharm.errors import InputError
-from pyro_vharm.inference.gaussians import Moments, UnitGaussian
+from pyro_vharm.inference.gaussians import Moments, UnitGaussian, UnitMixture
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import guided_selector, unit_blocks
 
@@ -31,27 +31,31 @@ _ROWS_PER_PASS = 2**15
 class StartDensity:
     """(1 − ε) N(h; m_u, Σ_u) + ε p(h; θ): normalised, easy to draw from, and as wide as the prior.
 
+    Where a mixture of Gaussians is given, it takes the place of the one.
+
     Attributes:
-        gaussian: the Gaussian part.
+        gaussian: the Gaussian part, and whose coordinates transitions move in.
         prior_share: ε; guards against a guide that sits on one of several modes. With ε = 1 it is
             the prior alone.
+        mixture: a Gaussian for each peak of a posterior that has several.
     """
 
     gaussian: UnitGaussian
     prior_share: float
+    mixture: UnitMixture | None = None
 
     def sample(self, densities: UnitDensities, num_particles: int) -> Tensor:
         """Draws of shape ``(particle, unit, dim)``."""
         if self.prior_share == 1:
-            return _draw_prior(densities, num_particles)
-        draws = self.gaussian.sample(num_particles)
+            return densities.draw_prior(num_particles)
+        draws = (self.mixture or self.gaussian).sample(num_particles)
         if self.prior_share == 0:
             return draws
         chosen = torch.rand(draws.shape[:2], device=draws.device) < self.prior_share
         count = int(chosen.sum(0).max())
         if not count:
             return draws
-        prior = _draw_prior(densities, count)  # no more than the unit that takes most of them
+        prior = densities.draw_prior(count)  # no more than the unit that takes most of them
         place = (chosen.cumsum(0) - 1).clamp(min=0)[..., None]
         return torch.where(chosen[..., None], prior.gather(0, place.expand_as(draws)), draws)
 
@@ -59,24 +63,32 @@ class StartDensity:
         """Log density, shape ``(particle, unit)``, given log p(h; θ) at the same latents."""
         if self.prior_share == 1:
             return log_prior
-        return self._mix(self.gaussian.log_prob(latents), log_prior)
+        return self._mix((self.mixture or self.gaussian).log_prob(latents), log_prior)
 
     def log_prob_whitened(self, noise: Tensor, log_prior: Tensor) -> Tensor:
         """The same at latents mean + L · noise of the Gaussian."""
         if self.prior_share == 1:
             return log_prior
+        if self.mixture is not None:
+            return self.log_prob(self.gaussian.unwhiten(noise), log_prior)
         return self._mix(self.gaussian.log_prob_whitened(noise), log_prior)
 
-    def _mix(self, gaussian: Tensor, log_prior: Tensor) -> Tensor:
+    def _mix(self, matched: Tensor, log_prior: Tensor) -> Tensor:
         if self.prior_share == 0:
-            return gaussian
+            return matched
         return torch.logaddexp(
-            gaussian + math.log1p(-self.prior_share), log_prior + math.log(self.prior_share)
+            matched + math.log1p(-self.prior_share), log_prior + math.log(self.prior_share)
         )
+
+    @property
+    def moments(self) -> UnitGaussian:
+        """The Gaussian of the mean and covariance of all but the share of prior."""
+        return self.gaussian if self.mixture is None else self.mixture.moments
 
     def select(self, units: Tensor) -> StartDensity:
         """That of some of the units."""
-        return StartDensity(self.gaussian.select(units), self.prior_share)
+        mixture = None if self.mixture is None else self.mixture.select(units)
+        return StartDensity(self.gaussian.select(units), self.prior_share, mixture)
 
 
 def match_start(
@@ -93,11 +105,6 @@ def match_start(
         for done in range(0, wanted, per_pass):
             moments.add(densities.draw_latents(min(per_pass, wanted - done)))
     return StartDensity(moments.gaussian(), prior_share)
-
-
-def _draw_prior(densities: UnitDensities, num_particles: int) -> Tensor:
-    with torch.no_grad():
-        return densities.draw_prior(num_particles)
 
 
 type Blocks = Iterator[tuple[Tensor, UnitDensities, StartDensity]]

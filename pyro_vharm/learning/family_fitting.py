@@ -15,7 +15,7 @@ from pyro_vharm.estimates import Kind, UnitEstimates, concatenate
 from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel
 from pyro_vharm.inference.refitting import refit_start
-from pyro_vharm.inference.start import StartDensity, match_start
+from pyro_vharm.inference.start import match_start
 from pyro_vharm.learning.refit import Refit
 from pyro_vharm.learning.training import minimise
 from pyro_vharm.learning.unit_families import GuideFamily, UnitFit
@@ -222,8 +222,9 @@ def _find_starts(densities: UnitDensities) -> _Starts:
     drawn from a wide density in proportion to p/q, so that each mode of mass has its chance.
     """
     guided = match_start(densities, 0.0)
-    tempered = refit_start(densities, guided, HamiltonianKernel(), _PILOT).gaussian
-    wide = StartDensity(tempered, _WIDE_SHARE)
+    refitted = refit_start(densities, guided, HamiltonianKernel(), _PILOT)
+    tempered = refitted.moments
+    wide = replace(refitted, prior_share=_WIDE_SHARE)
     with torch.no_grad():
         scouts = wide.sample(densities, _SCOUTS)
         terms = densities.terms(scouts)

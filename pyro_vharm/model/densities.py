@@ -212,7 +212,8 @@ class UnitDensities:
 
     def draw_prior(self, num_particles: int) -> Tensor:
         """Draws from p(h; θ), with what is observed held fixed, ``(particle, unit, dim)``."""
-        return replace(self, guide=None).draw_latents(num_particles)
+        with torch.no_grad():
+            return replace(self, guide=None).draw_latents(num_particles)
 
     def draw_guide(self, num_particles: int) -> Draws:
         """Draw from q(h) and evaluate guide and model there."""
