@@ -10,7 +10,7 @@ from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.inference.hamiltonian import HamiltonianKernel
 from pyro_vharm.inference.refitting import match_by_scores, refit_start
 from pyro_vharm.inference.score_matching import match_scores, score_draws
-from pyro_vharm.inference.start import StartDensity, match_start
+from pyro_vharm.inference.start import match_start
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import unit_selector
 from pyro_vharm.model.problem import prepare
@@ -157,26 +157,6 @@ def test_slopes_too_steep_for_the_dtype_are_refused():
 
     _, good = matched(model, (torch.linspace(-1, 1, 10),))
     assert not bool(good.any())
-
-
-def test_only_units_that_are_not_gaussian_are_tempered(monkeypatch):
-    """And those come out as a tempered population has them: wide enough for both modes."""
-    v = torch.tensor([1.5, -1.0]).repeat(30)
-    densities = prepare(square_model, None, (v,)).densities[0]
-    tempered, original = [], refitting._match_by_tempering
-
-    def spy(densities, *rest):
-        tempered.append(densities.num_units)
-        return original(densities, *rest)
-
-    monkeypatch.setattr(refitting, "_match_by_tempering", spy)
-    start = match_start(densities, 0.05)
-    found = refit_start(densities, start, HamiltonianKernel(), 16)
-    assert isinstance(found, StartDensity) and found.prior_share == 0.05
-    assert tempered == [30]
-    widths = found.gaussian.scale_tril.flatten()
-    assert float(widths[0::2].median()) > 0.8, "modes are at ±1.2"
-    assert float(widths[1::2].max()) < 0.5
 
 
 @pytest.mark.parametrize("cut", [True, False])

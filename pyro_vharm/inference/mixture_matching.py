@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vharm.inference.climbs import Weighed, finds_no_new_mass
 from pyro_vharm.inference.gaussians import UnitGaussian, UnitMixture
-from pyro_vharm.inference.peaks import Ascent, ascend, peaks_of
+from pyro_vharm.inference.peaks import SETTLED, Ascent, ascend, peaks_of
 from pyro_vharm.inference.score_matching import (
     MOST_COST,
     Matched,
@@ -18,15 +18,17 @@ from pyro_vharm.inference.score_matching import (
     match_in_rounds,
 )
 from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.particles import log_mean_exp
 
 __all__ = ["affordable_units", "match_mixture"]
 
-_SCOUTS, _FROM_PRIOR, _FROM_MATCHED = 48, 16, 4
-_NUM_STEPS, _NUM_ROUNDS, _NUM_UPDATES = 60, 5, 30
+_SCOUTS, _FROM_PRIOR, _FROM_MATCHED = 48, 32, 4
+_NUM_STEPS, _NUM_ROUNDS, _NUM_UPDATES = 100, 5, 30
 _MOST_PEAKS = 8
 _LEAST_DRAWS, _DRAWS_PER_DIM = 64, 4
 _FAR = 2.5  # standard deviations of a peak from the mean of a component
-_NARROW = 0.3  # where a climb learned no proper curvature
+_HIGH = 3.0  # standard deviations of log weights, of a weight at a peak above the mean weight
+_NARROW = 0.3
 _ELEMENTS = 2**22
 
 
@@ -39,10 +41,11 @@ def match_mixture(densities: UnitDensities, gaussian: UnitGaussian) -> tuple[Uni
     """A mixture of Gaussians for each unit, and for which units that is good enough.
 
     Climbs from the prior and from a Gaussian that is already there lead to peaks. At each a
-    Gaussian begins with the curvature that the climbs learned, and is matched by scores at its own
-    draws. Shares are those that make the mixture nearest to the posterior as draws of all
-    components, weighed, stand for it. It is good enough if the log weights of fresh draws are
-    even, all climbs came to rest near a component, and draws of the prior find no further mass.
+    narrow Gaussian begins, shaped as the climbs learned, and is matched by scores at its own draws;
+    one that strays from its peak is left out. Shares are those that make the mixture nearest to the
+    posterior as draws of all components, weighed, stand for it. It is good enough if the log
+    weights of fresh draws are even, all climbs came to rest near a component and no higher than it
+    foresees, and draws of the prior find no further mass.
 
     An annealing path from one wide Gaussian over modes far apart loses some of them: as it cools
     all particles stay where the path's density first had its mass, and nothing crosses later. A
@@ -57,17 +60,22 @@ def match_mixture(densities: UnitDensities, gaussian: UnitGaussian) -> tuple[Uni
     """
     prior = densities.draw_prior(_SCOUTS)
     first = [gaussian.whiten(prior[:_FROM_PRIOR]), gaussian.whiten(gaussian.sample(_FROM_MATCHED))]
-    ascent = ascend(densities, gaussian, torch.cat(first), _NUM_STEPS)
+    ascent = ascend(densities, gaussian, torch.cat(first), _NUM_STEPS, SETTLED)
     begun, present = _at_peaks(densities, gaussian, ascent)
     matched = match_in_rounds(densities, begun, _NUM_ROUNDS)
+    strayed = matched.gaussian.whiten(begun.mean[None])[0].norm(dim=-1) > _FAR
+    present[1:] &= ~strayed.unflatten(0, present.shape)[1:]
     shares = _match_shares(densities, matched, present)
     mixture = UnitMixture(shares, matched.gaussian)
     own = _draw(densities, mixture)
     spread = own.log_weights.var(0).nan_to_num(nan=math.inf)
     scouts = Weighed.at(densities, prior, mixture.log_prob(prior))
     ends = gaussian.unwhiten(ascent.at)
-    near = (ascent.settled & (mixture.distance(ends) < _FAR)).all(0)
-    good = near & (spread <= largest_spread(densities.dim)) & finds_no_new_mass(own, scouts)
+    limit = largest_spread(densities.dim)
+    excess = ascent.height - mixture.log_prob(ends) - log_mean_exp(own.log_weights)
+    covered = (mixture.distance(ends) < _FAR) & (excess < _HIGH * limit**0.5)
+    good = (ascent.settled & covered).all(0)
+    good &= (spread <= limit) & finds_no_new_mass(own, scouts)
     cost = spread.clamp(max=MOST_COST).repeat(len(shares))
     return UnitMixture(shares, matched.gaussian.widened(cost)), good
 
@@ -75,7 +83,10 @@ def match_mixture(densities: UnitDensities, gaussian: UnitGaussian) -> tuple[Uni
 def _at_peaks(
     densities: UnitDensities, gaussian: UnitGaussian, ascent: Ascent
 ) -> tuple[UnitGaussian, Tensor]:
-    """A Gaussian at each peak, one peak of all units after the other, and which units have it."""
+    """A narrow Gaussian at each peak, and which units have it, ``(component, unit)``.
+
+    Narrow, so that its first draws do not lie about other peaks as well.
+    """
     peaks = list(islice(peaks_of(densities, gaussian, ascent), _MOST_PEAKS))
     if not peaks:
         return gaussian, torch.ones_like(ascent.settled[:1])
@@ -85,7 +96,7 @@ def _at_peaks(
     curvature = torch.cat([peak.curvature for peak in peaks])
     root, failed = torch.linalg.cholesky_ex(0.5 * (curvature + curvature.mT))
     eye = torch.eye(densities.dim, dtype=root.dtype, device=root.device)
-    root = torch.where((failed > 0)[:, None, None], _NARROW * eye, root)
+    root = _NARROW * torch.where((failed > 0)[:, None, None], eye, root)
     return UnitGaussian(means, gaussian.scale_tril.repeat(len(peaks), 1, 1) @ root), present
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.model.densities import UnitDensities
 
-__all__ = ["Ascent", "Peak", "ascend", "peaks_of"]
+__all__ = ["SETTLED", "Ascent", "Peak", "ascend", "peaks_of"]
 
 _SHRINKAGE, _LEAST_STEP = 0.3, 1e-3
 _ARMIJO = 1e-4  # least share of the gain that the slope foresees
-_SETTLED, _DONE = 1e-3, 1e-6  # nats that a quadratic model still sees to gain
+SETTLED = 2e-3  # twice the nats that a quadratic model still sees to gain
 _VALLEY = 0.1  # nats by which the density must fall between two peaks
 _POINTS_BETWEEN = 15
 _ROWS_PER_PASS = 2**17
@@ -53,7 +53,7 @@ class Ascent(NamedTuple):
     @property
     def settled(self) -> Tensor:
         """Which climbs came to rest, shape ``(climber, unit)``."""
-        return torch.isfinite(self.height) & (self.foreseen < 2 * _SETTLED)
+        return torch.isfinite(self.height) & (self.foreseen < SETTLED)
 
 
 class Peak(NamedTuple):
@@ -70,7 +70,13 @@ class Peak(NamedTuple):
     same: Tensor
 
 
-def ascend(densities: UnitDensities, gaussian: UnitGaussian, at: Tensor, num_steps: int) -> Ascent:
+def ascend(
+    densities: UnitDensities,
+    gaussian: UnitGaussian,
+    at: Tensor,
+    num_steps: int,
+    tolerance: float = 1e-6,
+) -> Ascent:
     """Climb the posterior density of each unit by BFGS.
 
     Args:
@@ -78,6 +84,7 @@ def ascend(densities: UnitDensities, gaussian: UnitGaussian, at: Tensor, num_ste
         gaussian: whose coordinates climbs go in.
         at: where they begin, whitened, shape ``(climber, unit, dim)``.
         num_steps: most steps.
+        tolerance: twice the gain in nats below which no climb goes on.
 
     Source: "Numerical Optimization", Nocedal, Wright (2006), chapter 6.
     """
@@ -86,7 +93,7 @@ def ascend(densities: UnitDensities, gaussian: UnitGaussian, at: Tensor, num_ste
     state = Ascent(at, gradient, eye.expand(*at.shape, -1), height, torch.ones_like(height))
     for _ in range(num_steps):
         state = _step(densities, gaussian, state)
-        if bool((state.foreseen < _DONE).all()):
+        if bool((state.foreseen < tolerance).all()):
             break
     return state
 
