@@ -12,10 +12,10 @@ demo: $(READY)
 	$(RUN)/python examples/digits_vae.py
 
 test: $(READY)
-	$(SHARED) $(RUN)/python -m pytest -n auto -m "not slow"
+	$(SHARED) $(RUN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 slow: $(READY)
-	$(SHARED) $(RUN)/python -m pytest -n auto -m slow
+	$(SHARED) $(RUN)/python -m pytest -n auto --dist worksteal -m slow
 
 bench: $(READY)
 	$(RUN)/python -m pip install --quiet --editable ".[bench]"

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pyro_vharm.diagnostics.audit_result import Audit
 from pyro_vharm.diagnostics.gap import InferenceGap, measure_gap
-from pyro_vharm.diagnostics.harm import measure_harm, resolve_reference
+from pyro_vharm.diagnostics.harm import check_reference, measure_harm, resolve_reference
 from pyro_vharm.diagnostics.local import LocalHarm
 from pyro_vharm.diagnostics.local_measurement import measure_local_harm
 from pyro_vharm.diagnostics.pull_measurement import measure_reachability
@@ -127,6 +127,8 @@ def audit(
             gap = measure_gap(problem, chosen, refit, progress=progress)
             return Audit(gap, None, _without_parameters(gap), settings)
         own = _own_training(problem, objective, optimizer, num_steps)
+        if reference is not None:
+            check_reference(problem, reference)
         learns = choose_learner(problem, learner) if reference is None else None
         if learns is not None:
             settings["learner"] = str(learns)

@@ -19,6 +19,7 @@ from pyro_vharm.learning.learners import ClimbingLearner
 from pyro_vharm.model.problem import prepare
 
 QUICK = vh.Refit(num_steps=20, num_particles=100)
+EXACT = vh.ExactLearner(guide_training=vh.GuideTraining(100))
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,11 @@ def pulled():
         harmed.model,
         harmed.guide,
         harmed.data,
+        learner=EXACT,
+        start="current",
         objective=Trace_ELBO(),
         optimizer=pyro.optim.Adam({"lr": 0.02}),
-        num_steps=300,
+        num_steps=100,
         material=0.3,
         refit=QUICK,
         progress=False,
@@ -81,7 +84,8 @@ def test_training_cut_short_is_told_to_go_on():
         harmed.data,
         optimizer=pyro.optim.Adam({"lr": 0.02}),
         reference=harmed.learned,
-        num_steps=300,
+        learner=EXACT,
+        num_steps=200,
         num_em_steps=0,
         material=0.3,
         refit=QUICK,
@@ -98,7 +102,7 @@ def test_the_reference_is_not_short_of_what_is_near():
     """A learner that cannot move leaves what was found near θ̂."""
     harmed = noisy_or(40)
     harmed.install()
-    idle = vh.ExpectationMaximization(num_steps=1, max_iterations=1)
+    idle = vh.ExpectationMaximization(1, 1, guide_training=vh.GuideTraining(0))
     audit = vh.audit(
         harmed.model,
         harmed.guide,
@@ -116,10 +120,13 @@ def test_a_method_of_ones_own_is_that_of_the_particles_near_by():
     """As a finding advises where units rest on few of them; it was left at quadrature."""
     harmed = sign_symmetric(20)
     harmed.install()
-    options = {"reference": harmed.learned, "refit": QUICK, "num_em_steps": 1, "progress": False}
+    options = {"reference": harmed.learned, "learner": EXACT, "refit": QUICK, "num_em_steps": 1}
 
     def near(method):
-        return vh.audit(harmed.model, harmed.guide, harmed.data, method=method, **options).local
+        audit = vh.audit(
+            harmed.model, harmed.guide, harmed.data, method=method, progress=False, **options
+        )
+        return audit.local
 
     assert near(None).predicted.kind is vh.Kind.NUMERICAL
     assert near(vh.ImportanceSampling(300)).predicted.kind is vh.Kind.ESTIMATED
@@ -152,7 +159,9 @@ def test_it_says_first_how_long_and_that_changes_no_number(monkeypatch, capsys):
             harmed.guide,
             harmed.data,
             learner=learner,
+            start="current",
             refit=QUICK,
+            num_em_steps=1,
             progress=progress,
         )
 

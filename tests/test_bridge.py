@@ -69,7 +69,7 @@ def test_proposals_without_density_lower_the_estimate_by_their_share():
     "make",
     [
         lambda: far_modes(2),
-        lambda: far_modes(5),
+        pytest.param(lambda: far_modes(5), marks=pytest.mark.slow),
         pytest.param(lambda: far_modes(20), marks=pytest.mark.slow),
         pytest.param(funnel, marks=pytest.mark.slow),
     ],

@@ -271,7 +271,7 @@ def test_the_table_of_what_shows_near_counts_false_bounds():
     assert told["prediction within a factor of two"] == "1 of 2"
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_quick_learning_of_one_joint_unit(seed):
     """With a few particles of one unit their noise had looked like arrival, at θ̂ itself."""
     harmed = CONTROLS["AR(1), mean field over time"].simulate(seed)

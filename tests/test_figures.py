@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 
 import pyro_vharm as vh
 from pyro_vharm.output.captions import drawings_of
+from tests.learners import importance_weighted
 from tests.test_diagnostics import set_tied, tied_guide, tied_model
 from tests.test_output import made_audit
 from tests.test_self_fulfilment import recorded
@@ -225,8 +226,12 @@ def test_the_data_of_units_are_in_the_tree():
     assert len(vh.plot_units(tree).axes) == 1
     v = torch.randn(4, dtype=torch.float64)
     set_tied(1.1)
-    options = {"reference": {"a": 1.2}, "progress": False, "refit": vh.Refit(2, num_particles=5)}
-    batched = vh.learning_harm(tied_model, tied_guide, [v[:3], v[3:]], **options)
+    batches, quiet = [v[:3], v[3:]], {"progress": False}
+    brief = importance_weighted(4, num_steps=2, guide_steps=1, max_rounds=1)
+    options = {"guide": tied_guide, "learner": brief, "start": "current"}
+    reference = vh.learn_reference(tied_model, batches, **options, **quiet)
+    options = {"reference": reference, "refit": vh.Refit(2, num_particles=5)}
+    batched = vh.learning_harm(tied_model, tied_guide, batches, **options, **quiet)
     found = vh.to_datatree(batched)["observed_data"]["v"]
     assert np.array_equal(found, v), "of all batches, in order"
 

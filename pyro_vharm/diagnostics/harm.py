@@ -25,6 +25,7 @@ from pyro_vharm.tables import html_table, nats, text_table
 
 __all__ = [
     "LearningHarm",
+    "check_reference",
     "learning_harm",
     "measure_harm",
     "resolve_reference",
@@ -223,6 +224,21 @@ def resolve_reference(
     progress: bool,
 ) -> Reference:
     """A `Reference` from what the user hands in."""
+    check_reference(problem, reference)
+    if isinstance(reference, Reference):
+        if reference.guide_values.keys() == problem.guide_parameters.leaves.keys():
+            return reference
+        reference = reference.parameters
+    return given_reference(problem, reference, guide_training, progress=progress)
+
+
+def check_reference(problem: Problem, reference: Reference | Mapping[str, Any]) -> None:
+    """Refuse what does not fit the model, before any long work.
+
+    Raises:
+        InputError: if it is neither a `Reference` nor a mapping, or names, shapes or constraints
+            are not those of the model.
+    """
     if isinstance(reference, Reference):
         names = reference.model_values.keys()
         if names != problem.model_parameters.leaves.keys():
@@ -230,15 +246,13 @@ def resolve_reference(
                 f"reference has the parameters {sorted(names)}, the model "
                 f"{sorted(problem.model_parameters.leaves)}"
             )
-        if reference.guide_values.keys() != problem.guide_parameters.leaves.keys():
-            return given_reference(problem, reference.parameters, guide_training, progress=progress)
-        return reference
+        return
     if not isinstance(reference, Mapping):
         raise InputError(
             "reference must be a Reference or a mapping from parameter names to values, not "
             f"{reference!r}"
         )
-    return given_reference(problem, reference, guide_training, progress=progress)
+    problem.model_parameters.unconstrain(reference, "reference")
 
 
 def measure_harm(
