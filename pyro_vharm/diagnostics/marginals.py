@@ -163,7 +163,8 @@ def dips(points: Tensor) -> tuple[Tensor, Tensor]:
     """
     columns = points.flatten(1).T.cpu().numpy()
     found = [_dip(column[~np.isnan(column)]) for column in columns]
-    pairs = torch.tensor(found, dtype=torch.float64).reshape(*points.shape[1:], 2)
+    pairs = torch.tensor(found, dtype=torch.float64, device=points.device)
+    pairs = pairs.reshape(*points.shape[1:], 2)
     return pairs[..., 0], pairs[..., 1]
 
 

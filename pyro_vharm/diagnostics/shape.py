@@ -86,9 +86,8 @@ class ContinuousShape:
         By ArviZ, from `quantiles`; shape ``(unit, dim, interval, 2)``, NaN where there are fewer.
         """
         points = self.quantiles.movedim(0, -1).cpu().numpy()
-        return torch.from_numpy(
-            array_stats.hdi(points, prob, axis=-1, method="multimodal", skipna=True)
-        )
+        found = array_stats.hdi(points, prob, axis=-1, method="multimodal", skipna=True)
+        return torch.from_numpy(found).to(self.quantiles.device)
 
     def __str__(self) -> str:
         rows = []

@@ -162,5 +162,4 @@ def _retrain(
 
     with theta.at(values.model), phi.at(values.guide):
         found = journal.once("guide", retrain)
-    guide_values: dict[str, Tensor] = found["guide"]
-    return guide_values
+    return {name: value.to(phi.leaves[name].device) for name, value in found["guide"].items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,6 +14,7 @@ from pyro_vharm.learning.learning_run import Ending, LearningRun, quick_choice
 from pyro_vharm.learning.particle_chains import ParticleChains
 from pyro_vharm.learning.posterior_particles import draw_posteriors
 from pyro_vharm.learning.proximal_steps import PARTICLES, ProximalSteps
+from pyro_vharm.model.clock import now
 from pyro_vharm.model.problem import Problem
 
 __all__ = ["ExpectationMaximization"]
@@ -78,9 +78,9 @@ class ExpectationMaximization:
     def most_seconds(self, problem: Problem) -> float:
         """All draws of particles and all steps, from timing one draw and parts of a step."""
         leaves = problem.model_parameters.trainable()
-        begun = time.perf_counter()
+        begun = now()
         particles = draw_posteriors(problem.densities, quick_choice(problem, PARTICLES))
-        drawing, moving = time.perf_counter() - begun, 0.0
+        drawing, moving = now() - begun, 0.0
         if particles[0].random:
             chains = [ParticleChains.of(part, self.num_steps) for part in particles]
             pairs = list(zip(chains, particles, strict=True))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 from pyro_vharm.inference.choice import Choice
 from pyro_vharm.inference.evidence import estimate_evidence
+from pyro_vharm.model.clock import now
 from pyro_vharm.model.minibatches import cut_units
 from pyro_vharm.model.problem import Problem
 
@@ -19,9 +19,9 @@ _MINUTE = 60.0
 def timed(work: Callable[[], object]) -> float:
     """Seconds that a piece of work takes the second time, when nothing is set up any more."""
     work()
-    begun = time.perf_counter()
+    begun = now()
     work()
-    return time.perf_counter() - begun
+    return now() - begun
 
 
 def foresee_evidence(problem: Problem, choice: Choice) -> float:
@@ -30,14 +30,14 @@ def foresee_evidence(problem: Problem, choice: Choice) -> float:
     The units are those of the first batch, where it can be cut. Random numbers are used up.
     """
     few, more = (cut_units(problem.densities[0], size)[0] for size in (_FEW, _MORE))
-    begun = time.perf_counter()
+    begun = now()
     estimate_evidence([few], choice)
-    least = time.perf_counter() - begun
+    least = now() - begun
     if more.num_units == few.num_units:
         return least * problem.num_units / few.num_units
-    begun = time.perf_counter()
+    begun = now()
     estimate_evidence([more], choice)
-    each = max(time.perf_counter() - begun - least, 0.0) / (more.num_units - few.num_units)
+    each = max(now() - begun - least, 0.0) / (more.num_units - few.num_units)
     return least * len(problem.densities) + each * problem.num_units
 
 

@@ -77,10 +77,11 @@ def random_state() -> list[torch.Tensor]:
 
 
 def set_random_state(state: Sequence[torch.Tensor]) -> None:
-    """Put torch's random state back."""
+    """Put torch's random state back, of the devices that are there."""
     first, *others = state
     torch.set_rng_state(first)
-    torch.cuda.set_rng_state_all(others)
+    for device, other in zip(range(torch.cuda.device_count()), others, strict=False):
+        torch.cuda.set_rng_state(other, device)
 
 
 def open_journal(path: str | PathLike[str] | None, settings: str) -> Journal:

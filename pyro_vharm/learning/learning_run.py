@@ -187,7 +187,8 @@ def watch_units(problem: Problem, journal: Journal, name: str) -> UnitEstimates:
         return {"values": found.values, "errors": found.errors, "kind": int(found.kind)}
 
     found = journal.once(name, look)
-    return UnitEstimates(found["values"], found["errors"], Kind(found["kind"]))
+    values, errors = (found[part].to(problem.densities[0].device) for part in ("values", "errors"))
+    return UnitEstimates(values, errors, Kind(found["kind"]))
 
 
 def _quick_look(problem: Problem) -> UnitEstimates:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -17,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pyro_vharm.errors import UncompiledWarning
+from pyro_vharm.model.clock import now
 from pyro_vharm.model.data import Batch
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.parameters import capture_parameters
@@ -146,13 +146,13 @@ def accelerate(
     key = _key(function, densities, inputs)
     if num_calls < _FEW_CALLS and key not in _GRAPHS:
         return plain
-    started = time.perf_counter()
+    started = now()
     expected = plain(*inputs)
-    work = num_calls * (time.perf_counter() - started)
+    work = num_calls * (now() - started)
     if work >= _WORTH_TRACING:  # the first call is slower by what it sets up
-        started = time.perf_counter()
+        started = now()
         plain(*inputs)
-        work = num_calls * (time.perf_counter() - started)
+        work = num_calls * (now() - started)
     if _is_new_to_this_call(key) and work < _WORTH_TRACING:
         return plain
     kept = _kept(key, plain, function, densities, inputs, expected)

@@ -161,7 +161,10 @@ def _same_densities(densities: UnitDensities, part: Batch, units: Tensor) -> boo
             cut_joint = _log_joint(densities, part, cut)
     except CALL_FAILURES:  # of a model that refuses some of its units
         return False
-    pairs = [(cut_joint, joint), (cut.log_guide, whole.log_guide)]
+    guided = [  # that of a guide without sites has one unit, and no device of its own
+        run.log_guide.to(of.device).expand_as(of) for run, of in ((cut, cut_joint), (whole, joint))
+    ]
+    pairs = [(cut_joint, joint), (guided[0], guided[1])]
     return all(
         some.shape == every[:, units].shape
         and torch.allclose(some, every[:, units], rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vharm.model.enumeration import Factor, sum_out
+from pyro_vharm.model.sites import sample_sites
 from pyro_vharm.model.tracing import PARTICLES
 from pyro_vharm.model.units import UnitLayout
 
@@ -35,7 +36,10 @@ class UnitSums(NamedTuple):
         """Log of the product, ``(particle, unit)``, one particle without a plate of them."""
         count = self.num_particles or 1
         terms = [self.layout.by_unit(term, count, self.num_units) for _, term in factors]
-        return sum(terms[1:], start=terms[0]) if terms else torch.zeros(count, self.num_units)
+        if terms:
+            return sum(terms[1:], start=terms[0])
+        like = next((site["value"] for site in sample_sites(self.trace)), torch.zeros(()))
+        return torch.zeros(count, self.num_units, device=like.device)
 
     def summed_out(self, factors: Sequence[Factor]) -> Tensor:
         """The same with every enumerated site summed out."""

@@ -29,6 +29,10 @@ class KeptChains(NamedTuple):
     known: Tensor
     tensors: tuple[Tensor, ...]
 
+    def to(self, device: torch.device) -> KeptChains:
+        """On a device: what was written down comes back on the CPU."""
+        return self._replace(latents=self.latents.to(device), known=self.known.to(device))
+
 
 @dataclass(frozen=True)
 class GuideChains:
@@ -71,6 +75,7 @@ class PersistentChains:
         """
         if kept is None:
             return draws
+        kept = kept.to(draws.device)
         units = self._units(densities, kept)
         inside = units < len(kept.known)
         at = torch.where(inside, units, 0)
@@ -129,6 +134,6 @@ def _tensors(batch: Batch) -> tuple[Tensor, ...]:
 
 def _equal(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
     return len(first) == len(second) and all(
-        a is b or (a.shape == b.shape and torch.equal(a, b))
+        a is b or (a.shape == b.shape and torch.equal(a, b.to(a.device)))
         for a, b in zip(first, second, strict=True)
     )

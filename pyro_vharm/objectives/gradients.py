@@ -194,7 +194,7 @@ def _pathwise(
     at = run_model_at(densities.model, densities.batch, structure, count, drawn)
     log_weights, weights = _weigh(densities, at.log_joint, drawn.log_guide, num_particles)
     shares = weights / len(log_weights)
-    surrogate = (shares * (at.log_joint - drawn.log_guide)).sum()
+    surrogate = (shares * (at.log_joint - drawn.log_guide.to(at.log_joint.device))).sum()
     if drawn.irreproducible:
         advantage = _advantage(log_weights).flatten(0, 1) / len(log_weights)
         surrogate = surrogate + (advantage * densities.counted(drawn.log_score)).sum()
@@ -220,6 +220,8 @@ def _guide_gradients(
     """∇_h Σ w̃ log q(h) at the guide's draws, by site; empty for a guide with flat densities."""
     assert densities.guide is not None, "callers check for a guide first"
     leaves = {name: drawn.values[name].detach().requires_grad_() for name in drawn.random}
+    if not leaves:
+        return {}
     fixed = run_guide(densities.guide, densities.batch, structure, len(drawn.log_guide), leaves)
     log_guide = (shares * fixed.log_guide).sum()
     if not log_guide.requires_grad:

@@ -203,4 +203,4 @@ def _kind(argument: Any) -> Hashable:
 
 
 def _shape(argument: Any) -> Hashable:
-    return tuple(argument.shape) if isinstance(argument, Tensor) else None
+    return (tuple(argument.shape), argument.device) if isinstance(argument, Tensor) else None

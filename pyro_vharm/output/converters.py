@@ -249,7 +249,7 @@ def _tree(
     if reader.observed:
         made["observed_data"] = _dataset(_arrays(reader.observed), names, coords, sample_dims=[])
     if constant_data:
-        constants = {name: np.asarray(value) for name, value in constant_data.items()}
+        constants = {name: _constant(value) for name, value in constant_data.items()}
         made["constant_data"] = _dataset(constants, names, coords, sample_dims=[])
     return xr.DataTree.from_dict(made)
 
@@ -263,6 +263,10 @@ def _grouped(
     """Draws of shape ``(chain · draw, …)`` over chain, draw and named dims."""
     by_chain = {name: value.unflatten(0, tuple(shape)) for name, value in values.items()}
     return _dataset(_arrays(by_chain), names, coords, sample_dims=["chain", "draw"])
+
+
+def _constant(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
 def _arrays(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

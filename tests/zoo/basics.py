@@ -39,10 +39,10 @@ def linear_gaussian(num_units=5, repeat=None, seed=3):
     def model(v):
         with pyro.plate("units", len(v)):
             h = pyro.sample("h", dist.Normal(v.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("v", dist.Normal(h @ LOADINGS, NOISE).to_event(1), obs=v)
+            pyro.sample("v", dist.Normal(h @ LOADINGS.to(h), NOISE).to_event(1), obs=v)
 
     def guide(v):
-        slope = LOADINGS.T / (1.0 + NOISE**2)
+        slope = LOADINGS.T.to(v) / (1.0 + NOISE**2)
         with pyro.plate("units", len(v)):
             pyro.sample("h", dist.Normal(0.4 * v @ slope + 0.3, 0.6).to_event(1))
 

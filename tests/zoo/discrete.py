@@ -24,8 +24,8 @@ def gaussian_mixture() -> Case:
 
     def model(v):
         with pyro.plate("units", len(v)):
-            z = pyro.sample("z", dist.Categorical(probs), infer=ENUMERATED)
-            loc, scale = components.loc[z], components.scale[z]
+            z = pyro.sample("z", dist.Categorical(probs.to(v)), infer=ENUMERATED)
+            loc, scale = components.loc.to(v)[z], components.scale.to(v)[z]
             pyro.sample("v", dist.Normal(loc, scale), obs=v)
 
     exact = (probs.log() + components.log_prob(v.unsqueeze(-1))).logsumexp(-1)
@@ -47,8 +47,8 @@ def class_above_latent() -> Case:
 
     def model(v):
         with pyro.plate("units", len(v)):
-            z = pyro.sample("z", dist.Categorical(probs), infer=ENUMERATED)
-            h = pyro.sample("h", dist.Normal(loc[z], scale[z]))
+            z = pyro.sample("z", dist.Categorical(probs.to(v)), infer=ENUMERATED)
+            h = pyro.sample("h", dist.Normal(loc.to(v)[z], scale.to(v)[z]))
             pyro.sample("v", dist.Normal(h, 0.8), obs=v)
 
     def guide(v):
