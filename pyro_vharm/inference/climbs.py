@@ -91,8 +91,8 @@ def all_climbs_end_near(
         draws: of that Gaussian.
         num_climbers: for each unit.
         num_steps: most steps of a climb.
-        select: what gives the densities of some of the units, so that climbs go on for those alone
-            whose climbers have not all ended.
+        select: what gives the densities of some of the units, so that those climbers alone go on
+            that have not ended.
     """
     scouts = densities.draw_prior(_SCOUTS_PER_CLIMBER * num_climbers)
     whitened = gaussian.whiten(scouts)
@@ -101,20 +101,26 @@ def all_climbs_end_near(
     found = Weighed.at(densities, scouts, gaussian.log_prob_whitened(whitened))
     covered = finds_no_new_mass(own, found)
     climb = _Climb.begin(densities, gaussian, whitened[:num_climbers])
-    near = torch.zeros_like(covered)
-    left = torch.arange(len(covered), device=covered.device)
+    units = torch.arange(len(covered), device=covered.device).expand(num_climbers, -1)
+    elsewhere = torch.zeros_like(covered)
+    moving = torch.ones_like(units, dtype=torch.bool)
     for _ in range(num_steps):
         climb = climb.step()
-        near[left] = (climb.is_level & climb.is_near).all(0)
-        elsewhere = climb.is_level.all(0) & (climb.is_on_top & ~climb.is_near).any(0)
-        ended = near[left] | elsewhere
-        if bool(ended.all()):
+        level, near = climb.is_level, climb.is_near
+        busy, on_other = torch.zeros_like(covered), torch.zeros_like(covered)
+        busy[units[~level]] = True
+        on_other[units[climb.is_on_top & ~near]] = True
+        elsewhere |= on_other & ~busy
+        moving = ~(level & near) & ~elsewhere[units]
+        if not bool(moving.any()):
             break
-        if select is not None and float((~ended).double().mean()) < WORTH_CUTTING:
-            kept = (~ended).nonzero().flatten()
-            left = left[kept]
-            climb = climb.of(select(left), kept)
-    return covered & near
+        if select is not None and float(moving.double().mean()) < WORTH_CUTTING:
+            kept = moving.flatten().nonzero().flatten()
+            unit = units.flatten()[kept]
+            climb = climb.of(select(unit), kept, kept % units.shape[1])
+            units, moving = unit[None], torch.ones_like(unit[None], dtype=torch.bool)
+    elsewhere[units[moving]] = True
+    return covered & ~elsewhere
 
 
 class _Climb(NamedTuple):
@@ -147,8 +153,11 @@ class _Climb(NamedTuple):
 
     @property
     def is_on_top(self) -> Tensor:
-        """Whether a Newton step would gain next to nothing, ``(climber, unit)``."""
-        return 0.5 * self.at.scores.square().sum(-1) < _ON_TOP
+        """Whether a Newton step would gain next to nothing, ``(climber, unit)``.
+
+        Not where the last step found a steeper slope: that is the foot of a hill, or a flat tail.
+        """
+        return (0.5 * self.at.scores.square().sum(-1) < _ON_TOP) & (self.factor == 1.0)
 
     @property
     def is_near(self) -> Tensor:
@@ -169,7 +178,15 @@ class _Climb(NamedTuple):
             factor=torch.where(steeper, 2.0 * self.factor, 1.0),
         )
 
-    def of(self, densities: UnitDensities, units: Tensor) -> _Climb:
-        """Those of some of the units."""
-        gaussian, at = self.gaussian.select(units), self.at.select(units)
-        return _Climb(densities, gaussian, at, self.radius[:, units], self.factor[:, units])
+    def of(self, densities: UnitDensities, climbers: Tensor, columns: Tensor) -> _Climb:
+        """Some climbers alone, each as the only one of a unit in densities of its own.
+
+        Args:
+            densities: one unit for each of them.
+            climbers: which they are, of all in a row.
+            columns: whose Gaussian is theirs.
+        """
+        fields = (field.flatten(0, 1)[None, climbers] for field in self.at)
+        radius, factor = (field.flatten()[None, climbers] for field in (self.radius, self.factor))
+        gaussian = self.gaussian.select(columns)
+        return _Climb(densities, gaussian, ScoredDraws(*fields), radius, factor)
