@@ -38,10 +38,10 @@ from pyro_vharm import (
     SigmoidSchedule,
     bdmc,
 )
+from pyro_vharm.inference.bidirectional import simulate_densities
 from pyro_vharm.inference.estimation import unit_widths
 from pyro_vharm.model import compilation
 from pyro_vharm.model.problem import prepare
-from pyro_vharm.model.simulation import simulate_batch
 from pyro_vharm.model.state import untouched
 from pyro_vharm.particles import log_mean_exp
 
@@ -156,10 +156,8 @@ def _run_as_published(
     """As many runs back from the exact draw as forward, and the upper bound from those alone."""
     with _set_up_clock() as clock, untouched(0, vae.model, vae.guide):
         started = time.process_time()
-        given = prepare(vae.model, vae.guide, (vae.images[:num_images],)).densities[0]
-        batch, simulation = simulate_batch(vae.model, given.batch)
-        simulated = prepare(vae.model, vae.guide, [batch], checked=given.structure).densities[0]
-        exact = simulated.pack_values(simulation.latents)
+        given = prepare(vae.model, vae.guide, (vae.images[:num_images],))
+        ((simulated, exact),) = simulate_densities(given)
         run = method.run(simulated, exact=exact.expand(method.num_particles, -1, -1))
         widths = unit_widths(run)
         seconds = time.process_time() - started

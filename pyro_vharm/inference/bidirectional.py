@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +14,15 @@ from pyro_vharm.estimates import Bound, Kind
 from pyro_vharm.inference.annealing import AnnealedImportanceSampling
 from pyro_vharm.inference.estimation import pooled_upper_bounds
 from pyro_vharm.model.data import Data
-from pyro_vharm.model.problem import prepare
+from pyro_vharm.model.densities import UnitDensities
+from pyro_vharm.model.problem import Problem, prepare
 from pyro_vharm.model.simulation import Rebuild, simulate_batch
 from pyro_vharm.model.state import untouched
 from pyro_vharm.model.tracing import PyroFunction
 from pyro_vharm.particles import log_mean_exp
 from pyro_vharm.tables import html_table, nats, text_table
 
-__all__ = ["Sandwich", "bdmc"]
+__all__ = ["Sandwich", "bdmc", "simulate_densities"]
 
 
 @dataclass(frozen=True)
@@ -150,22 +151,33 @@ def bdmc(
         given = prepare(model, guide, data, unit_plate=unit_plate, parameters=parameters)
         if given.densities[0].dim == 0:
             raise InputError("all latents are discrete, so the evidence is exact: use log_evidence")
-        parts = [simulate_batch(given.model, d.batch, rebuild) for d in given.densities]
-        problem = prepare(
-            given.model,
-            given.guide,
-            [batch for batch, _ in parts],
-            unit_plate=given.layout.plate,
-            parameters=given.declared,
-            checked=given.densities[0].structure,
-        )
-        runs = []
-        for densities, (_, simulation) in zip(problem.densities, parts, strict=True):
-            exact = densities.pack_values(simulation.latents)
-            runs.append(method.run(densities, exact=exact, progress=progress))
+        runs = [
+            method.run(densities, exact=exact, progress=progress)
+            for densities, exact in simulate_densities(given, rebuild)
+        ]
         return Sandwich(
             lower=torch.cat([log_mean_exp(run.log_weights) for run in runs]),
             upper=torch.cat([pooled_upper_bounds(run) for run in runs]),
             acceptance=torch.cat([run.acceptance for run in runs if run.acceptance is not None]),
             method=str(method),
         )
+
+
+def simulate_densities(
+    given: Problem, rebuild: Rebuild | None = None
+) -> Iterator[tuple[UnitDensities, Tensor]]:
+    """Densities of data simulated in the place of each batch, with an exact posterior draw.
+
+    The draw, ``(1, unit, dim)``, are the latents that made the data.
+    """
+    parts = [simulate_batch(given.model, one.batch, rebuild) for one in given.densities]
+    problem = prepare(
+        given.model,
+        given.guide,
+        [batch for batch, _ in parts],
+        unit_plate=given.layout.plate,
+        parameters=given.declared,
+        checked=given.densities[0].structure,
+    )
+    for densities, (_, simulation) in zip(problem.densities, parts, strict=True):
+        yield densities, densities.pack_values(simulation.latents)
