@@ -210,6 +210,29 @@ def test_log_evidence_is_the_exact_one(name):
     assert is_at_home(found) and str(found)
 
 
+def far_apart(v):
+    """Two modes per unit, at ±4 in the first of six dims: evidence e^v."""
+    with pyro.plate("units", len(v)):
+        h = pyro.sample("h", dist.Normal(v.new_zeros(6), 5.0).to_event(1))
+        mode = v.new_tensor([4.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+        modes = [dist.Normal(at, 1.0).to_event(1).log_prob(h) for at in (mode, -mode)]
+        prior = dist.Normal(v.new_zeros(6), 5.0).to_event(1).log_prob(h)
+        pyro.factor(
+            "v", torch.logaddexp(modes[0] - math.log(2), modes[1] - math.log(2)) - prior + v
+        )
+
+
+@pytest.mark.parametrize("name", ["annealing", "annealing to a width"])
+def test_several_modes_keep_their_shares(name):
+    v = torch.linspace(-1, 1, 30, device=DEVICE)
+    with left_alone(far_apart):
+        found = vh.log_evidence(
+            far_apart, (v,), method=METHODS[name], confirmation=None, seed=SEED, progress=False
+        )
+    assert is_near(found.per_unit.total(), float(v.sum())) and is_at_home(found)
+    assert float(found.widths.mean()) < 0.1, "an annealed mode that is lost costs 0.7"
+
+
 @pytest.mark.parametrize("method", ["annealing", "quadrature"])
 def test_log_evidence_of_an_autoencoder_is_the_exact_one(method):
     case = moved(multilayer_decoder)

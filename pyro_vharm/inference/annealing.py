@@ -47,8 +47,9 @@ class AnnealedImportanceSampling:
     particles, resampled and moved on at β = 1: an upper bound *conditional* on those being
     posterior draws. A pilot on random numbers of its own refits the start density, places the
     temperatures, tunes step sizes per unit and temperature and foresees the spread of the weights;
-    then all are frozen. Where a posterior is near Gaussian, the refit takes a few gradients at
-    draws, also in a hundred dims, and few temperatures are left to place.
+    then all are frozen. Where a posterior is near Gaussian, or a mixture of some Gaussians whose
+    peaks climbs find, the refit takes a few gradients at draws, also in a hundred dims, and few
+    temperatures are left to place.
 
     With weights of variance V, relative to their squared mean, the two bounds of a unit lie about
     V / num_particles apart. Given a `target_width`, each unit gets as many temperatures as its

@@ -156,8 +156,9 @@ class MatchedStart:
 
     Args:
         prior_share: share of prior in the start density, in [0, 1).
-        refit: match the Gaussian anew, by scores at a few draws, or to where a pilot's particles
-            end, so that a near-Gaussian posterior needs few temperatures in any dimension.
+        refit: match the Gaussian anew, by scores at a few draws, one at each of several peaks, or
+            to where a pilot's particles end, so that a posterior of near-Gaussian modes needs few
+            temperatures in any dimension.
     """
 
     prior_share: float = 0.05
