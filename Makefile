@@ -1,6 +1,7 @@
 # Finds a Python >= 3.12 that runs, makes .venv with everything in it, and runs the project's jobs.
 .DELETE_ON_ERROR:
-.PHONY: demo test slow bench calibration lint types docs examples clean
+EXAMPLES := digits_vae two_causes unimodal nile repair
+.PHONY: demo test slow bench calibration lint types docs examples clean $(EXAMPLES:%=example-%)
 
 VENV := .venv
 RUN := $(VENV)/bin
@@ -40,12 +41,17 @@ types: $(READY)
 docs: $(READY)
 	$(RUN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
-examples: $(READY)
-	$(SHARED) $(RUN)/python examples/digits_vae.py --images 100 --epochs 20 --reference-steps 50 --out out/ci
-	$(SHARED) $(RUN)/python examples/two_causes.py --units 60 --steps 100 --out out/ci
-	$(SHARED) $(RUN)/python examples/unimodal.py --units 20 --steps 10 --out out/ci
-	$(SHARED) $(RUN)/python examples/nile.py --steps 200 --guide-steps 100 --temperatures 3 --out out/ci
-	$(SHARED) $(RUN)/python examples/repair.py --steps 200 --guide-steps 100
+# small budgets: that each runs from end to end
+digits_vae := --images 100 --epochs 20 --reference-steps 50 --out out/ci
+two_causes := --units 60 --steps 100 --out out/ci
+unimodal := --units 20 --steps 10 --out out/ci
+nile := --steps 200 --guide-steps 100 --temperatures 3 --out out/ci
+repair := --steps 200 --guide-steps 100
+
+examples: $(EXAMPLES:%=example-%)
+
+$(EXAMPLES:%=example-%): example-%: $(READY)
+	$(SHARED) $(RUN)/python examples/$*.py $($*)
 
 $(READY): pyproject.toml .ci/find_python
 	PYTHON="$$(sh .ci/find_python)" && "$$PYTHON" -m venv --clear $(VENV)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -70,14 +69,7 @@ def refit_start(
         left = left[~good[part.place]]
         if not len(left):
             return replace(start, gaussian=gaussian)
-    mixtures, alone = [], []
-    for some in left.split(affordable_units(densities.dim)):
-        part = _Part.of(densities, select, some)
-        several, good = match_mixture(part.densities, gaussian.select(part.units))
-        kept = good[part.place]
-        mixtures.append((some[kept], several.select(part.place[kept])))
-        alone.append(some[~kept])
-    left = torch.cat(alone)
+    mixtures, left = _match_mixtures(densities, select, gaussian, left)
     if len(left):
         part = _Part.of(densities, select, left)
         first = start.select(part.units)
@@ -86,7 +78,25 @@ def refit_start(
     return _joined(replace(start, gaussian=gaussian), mixtures)
 
 
-def _joined(start: StartDensity, mixtures: Sequence[tuple[Tensor, UnitMixture]]) -> StartDensity:
+type _Mixtures = list[tuple[Tensor, UnitMixture]]
+
+
+def _match_mixtures(
+    densities: UnitDensities, select: Selector | None, gaussian: UnitGaussian, units: Tensor
+) -> tuple[_Mixtures, Tensor]:
+    """Mixtures for some of these units, by indices of the units, and the units that are left."""
+    size = len(units) if select is None else affordable_units(densities.dim)
+    mixtures, left = [], []
+    for some in units.split(size):
+        part = _Part.of(densities, select, some)
+        found, good = match_mixture(part.densities, gaussian.select(part.units))
+        kept = good[part.place]
+        mixtures.append((some[kept], found.select(part.place[kept])))
+        left.append(some[~kept])
+    return mixtures, torch.cat(left)
+
+
+def _joined(start: StartDensity, mixtures: _Mixtures) -> StartDensity:
     """A start density that is a mixture for some of the units."""
     if not any(len(units) for units, _ in mixtures):
         return start
