@@ -215,3 +215,29 @@ def test_a_hundred_near_gaussian_dims_cost_little(monkeypatch):
     found = refit_start(densities, match_start(densities, 0.05), HamiltonianKernel(), 16)
     assert float(off_by(found.gaussian, mean, covariance).max()) < 0.05
     assert sum(rows) < 12 * 100, "tempering alone takes 12 transitions of 5 gradients for each dim"
+
+
+def sized_model(num_units):
+    """A model that knows how many units there are, and refuses more."""
+    offset = torch.full((num_units,), 0.1)
+
+    def model(v):
+        with pyro.plate("units", num_units, subsample_size=len(v)):
+            h = pyro.sample("h", dist.Normal(v.new_zeros(3), 1.0).to_event(1))
+            loc = h.sum(-1).square() / 2 + offset[: len(v)]
+            pyro.sample("v", dist.Normal(loc, 0.5), obs=v)
+
+    return model
+
+
+@pytest.mark.parametrize("num_units", [30, 100])
+def test_climbers_of_a_model_that_knows_its_size_never_outnumber_its_units(num_units):
+    v = torch.linspace(-1.0, 3.0, num_units)
+    densities = prepare(sized_model(num_units), None, (v,)).densities[0]
+    select = unit_selector(densities)
+    assert select is not None
+    with pytest.raises(ValueError, match="subsample_size"):
+        select(torch.zeros(2 * num_units, dtype=torch.long)).draw_prior(1)
+    start = match_start(densities, 0.05)
+    found = refit_start(densities, start, HamiltonianKernel(), 16)
+    assert bool(torch.isfinite(found.gaussian.scale_tril).all())

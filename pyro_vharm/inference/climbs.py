@@ -2,69 +2,22 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_vharm.inference.coverage import FAR, Weighed, finds_no_new_mass
 from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.inference.score_matching import ScoredDraws, score_draws
 from pyro_vharm.model.densities import UnitDensities
 from pyro_vharm.model.minibatches import WORTH_CUTTING, Selector
-from pyro_vharm.particles import log_mean_exp
 
-__all__ = ["Weighed", "all_climbs_end_near", "finds_no_new_mass"]
+__all__ = ["all_climbs_end_near"]
 
 _SCOUTS_PER_CLIMBER = 4
-_FAR = 2.5  # standard deviations of a peak from the mean
 _LEVEL, _ON_TOP = 0.5, 0.01  # nats that a Newton step may still gain
-_NEW_MASS = 0.5  # nats that draws of the prior may add
-
-
-class Weighed(NamedTuple):
-    """Points with the densities that weigh them, each of shape ``(particle, unit)``.
-
-    Attributes:
-        log_prior: log p(h; θ).
-        log_joint: log p(v, h; θ).
-        log_matched: log density of what is matched to the posterior.
-    """
-
-    log_prior: Tensor
-    log_joint: Tensor
-    log_matched: Tensor
-
-    @classmethod
-    def at(cls, densities: UnitDensities, latents: Tensor, log_matched: Tensor) -> Weighed:
-        """Of latents ``(particle, unit, dim)``; without a joint density they weigh nothing."""
-        with torch.no_grad():
-            terms = densities.terms(latents)
-        return cls(terms.log_prior, terms.log_joint.nan_to_num(nan=-torch.inf), log_matched)
-
-    @property
-    def log_weights(self) -> Tensor:
-        """Of draws of what is matched."""
-        return self.log_joint - self.log_matched
-
-
-def finds_no_new_mass(own: Weighed, scouts: Weighed) -> Tensor:
-    """Whether draws of the prior add next to nothing to what is matched, shape ``(unit,)``.
-
-    Both kinds of draws, weighed under their mixture, must have about the mean of the first kind's
-    weights.
-
-    Args:
-        own: draws of what is matched.
-        scouts: draws of the prior.
-    """
-    both = Weighed(*(torch.cat(pair) for pair in zip(own, scouts, strict=True)))
-    share = len(own.log_joint) / len(both.log_joint)
-    mixture = torch.logaddexp(
-        both.log_matched + math.log(share), both.log_prior + math.log1p(-share)
-    )
-    total = log_mean_exp(both.log_joint - mixture)
-    return total - log_mean_exp(own.log_weights) < _NEW_MASS
 
 
 def all_climbs_end_near(
@@ -117,7 +70,8 @@ def all_climbs_end_near(
         if select is not None and float(moving.double().mean()) < WORTH_CUTTING:
             kept = moving.flatten().nonzero().flatten()
             unit = units.flatten()[kept]
-            climb = climb.of(select(unit), kept, kept % units.shape[1])
+            parts = [select(some) for some in unit.split(densities.num_units)]
+            climb = climb.of(parts, kept, kept % units.shape[1])
             units, moving = unit[None], torch.ones_like(unit[None], dtype=torch.bool)
     elsewhere[units[moving]] = True
     return covered & ~elsewhere
@@ -127,14 +81,14 @@ class _Climb(NamedTuple):
     """Where climbers stand, and how they are to go on.
 
     Attributes:
-        densities: the units.
+        parts: densities that together have the units.
         gaussian: whose coordinates they move in.
         at: positions, densities and slopes, ``(climber, unit, …)``.
         radius: the longest that the next step may be, ``(climber, unit)``.
         factor: how many times the slope the next step is long, ``(climber, unit)``.
     """
 
-    densities: UnitDensities
+    parts: Sequence[UnitDensities]
     gaussian: UnitGaussian
     at: ScoredDraws
     radius: Tensor
@@ -144,7 +98,7 @@ class _Climb(NamedTuple):
     def begin(cls, densities: UnitDensities, gaussian: UnitGaussian, first: Tensor) -> _Climb:
         at = score_draws(densities, gaussian, first)
         radius = torch.full_like(at.log_joint, first.shape[-1] ** 0.5)
-        return cls(densities, gaussian, at, radius, torch.ones_like(radius))
+        return cls([densities], gaussian, at, radius, torch.ones_like(radius))
 
     @property
     def is_level(self) -> Tensor:
@@ -162,14 +116,14 @@ class _Climb(NamedTuple):
     @property
     def is_near(self) -> Tensor:
         """Whether climbers stand near the mean, ``(climber, unit)``."""
-        near: Tensor = self.at.whitened.norm(dim=-1) < _FAR
+        near: Tensor = self.at.whitened.norm(dim=-1) < FAR
         return near
 
     def step(self) -> _Climb:
         slope = self.at.scores.norm(dim=-1)
         length = torch.minimum(self.factor * slope, self.radius)
         step = self.at.scores * (length / slope.clamp(min=1e-30))[..., None]
-        tried = score_draws(self.densities, self.gaussian, self.at.whitened + step)
+        tried = self._score(self.at.whitened + step)
         up = tried.log_joint > self.at.log_joint
         steeper = up & (tried.scores.norm(dim=-1) > slope)
         return self._replace(
@@ -178,15 +132,26 @@ class _Climb(NamedTuple):
             factor=torch.where(steeper, 2.0 * self.factor, 1.0),
         )
 
-    def of(self, densities: UnitDensities, climbers: Tensor, columns: Tensor) -> _Climb:
-        """Some climbers alone, each as the only one of a unit in densities of its own.
+    def _score(self, whitened: Tensor) -> ScoredDraws:
+        every = torch.arange(whitened.shape[1], device=whitened.device)
+        found = [
+            score_draws(part, self.gaussian.select(columns), whitened[:, columns])
+            for part, columns in zip(
+                self.parts, every.split([part.num_units for part in self.parts]), strict=True
+            )
+        ]
+        return ScoredDraws(*(torch.cat(fields, 1) for fields in zip(*found, strict=True)))
+
+    def of(self, parts: Sequence[UnitDensities], climbers: Tensor, columns: Tensor) -> _Climb:
+        """Some climbers alone, each as the only one of a unit of its own.
 
         Args:
-            densities: one unit for each of them.
+            parts: together with one unit for each of them; each no larger than the batch, as a
+                model may know how many units there are.
             climbers: which they are, of all in a row.
             columns: whose Gaussian is theirs.
         """
         fields = (field.flatten(0, 1)[None, climbers] for field in self.at)
         radius, factor = (field.flatten()[None, climbers] for field in (self.radius, self.factor))
         gaussian = self.gaussian.select(columns)
-        return _Climb(densities, gaussian, ScoredDraws(*fields), radius, factor)
+        return _Climb(parts, gaussian, ScoredDraws(*fields), radius, factor)

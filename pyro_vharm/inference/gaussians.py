@@ -164,23 +164,23 @@ class UnitMixture:
     @property
     def moments(self) -> UnitGaussian:
         """The Gaussian of each unit with the mixture's mean and covariance."""
-        return self._moments(between=True)
+        mean, within = self._mean_and_covariance_within()
+        apart = self.gaussians.mean.unflatten(0, self.log_shares.shape) - mean
+        shares = self.log_shares.exp()[..., None, None]
+        between = (shares * apart[..., :, None] * apart[..., None, :]).sum(0)
+        return UnitGaussian(mean, torch.linalg.cholesky(within + between))
 
     @property
     def within(self) -> UnitGaussian:
         """The Gaussian with the mixture's mean and the mean of its components' covariances."""
-        return self._moments(between=False)
+        mean, covariance = self._mean_and_covariance_within()
+        return UnitGaussian(mean, torch.linalg.cholesky(covariance))
 
-    def _moments(self, *, between: bool) -> UnitGaussian:
+    def _mean_and_covariance_within(self) -> tuple[Tensor, Tensor]:
         shape, shares = self.log_shares.shape, self.log_shares.exp()
         means, scale_trils = (field.unflatten(0, shape) for field in self.gaussians.fields)
-        mean = (shares[..., None] * means).sum(0)
         covariances = scale_trils @ scale_trils.mT
-        if between:
-            apart = means - mean
-            covariances = covariances + apart[..., :, None] * apart[..., None, :]
-        covariance = (shares[..., None, None] * covariances).sum(0)
-        return UnitGaussian(mean, torch.linalg.cholesky(covariance))
+        return (shares[..., None] * means).sum(0), (shares[..., None, None] * covariances).sum(0)
 
 
 def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:

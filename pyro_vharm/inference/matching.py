@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_vharm.inference.climbing import Points
+from pyro_vharm.inference.compass_search import Points
 from pyro_vharm.inference.coordinates import SinhCoordinates
 from pyro_vharm.inference.gaussians import UnitGaussian
 from pyro_vharm.inference.tensor_grid import TensorGrid

@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from pyro_vharm.inference.climbs import Weighed, finds_no_new_mass
+from pyro_vharm.inference.coverage import FAR, Weighed, finds_no_new_mass
 from pyro_vharm.inference.gaussians import UnitGaussian, UnitMixture
 from pyro_vharm.inference.peaks import SETTLED, Ascent, ascend, peaks_of
 from pyro_vharm.inference.score_matching import (
@@ -26,7 +26,6 @@ _SCOUTS, _FROM_PRIOR, _FROM_MATCHED = 48, 32, 4
 _NUM_STEPS, _NUM_ROUNDS, _NUM_UPDATES = 100, 5, 30
 _MOST_PEAKS = 8
 _LEAST_DRAWS, _DRAWS_PER_DIM = 64, 4
-_FAR = 2.5  # standard deviations of a peak from the mean of a component
 _HIGH = 3.0  # standard deviations of log weights, of a weight at a peak above the mean weight
 _NARROW = 0.3
 _ELEMENTS = 2**22
@@ -45,7 +44,8 @@ def match_mixture(densities: UnitDensities, gaussian: UnitGaussian) -> tuple[Uni
     one that strays from its peak is left out. Shares are those that make the mixture nearest to the
     posterior as draws of all components, weighed, stand for it. It is good enough if the log
     weights of fresh draws are even, all climbs came to rest near a component and no higher than it
-    foresees, and draws of the prior find no further mass.
+    foresees, and draws of the prior find no further mass. A single peak is no mixture: what spoke
+    against one Gaussian before does not fall silent as these climbs miss it.
 
     An annealing path from one wide Gaussian over modes far apart loses some of them: as it cools
     all particles stay where the path's density first had its mass, and nothing crosses later. A
@@ -63,7 +63,7 @@ def match_mixture(densities: UnitDensities, gaussian: UnitGaussian) -> tuple[Uni
     ascent = ascend(densities, gaussian, torch.cat(first), _NUM_STEPS, SETTLED)
     begun, present = _at_peaks(densities, gaussian, ascent)
     matched = match_in_rounds(densities, begun, _NUM_ROUNDS)
-    strayed = matched.gaussian.whiten(begun.mean[None])[0].norm(dim=-1) > _FAR
+    strayed = matched.gaussian.whiten(begun.mean[None])[0].norm(dim=-1) > FAR
     present[1:] &= ~strayed.unflatten(0, present.shape)[1:]
     shares = _match_shares(densities, matched, present)
     mixture = UnitMixture(shares, matched.gaussian)
@@ -73,9 +73,10 @@ def match_mixture(densities: UnitDensities, gaussian: UnitGaussian) -> tuple[Uni
     ends = gaussian.unwhiten(ascent.at)
     limit = largest_spread(densities.dim)
     excess = ascent.height - mixture.log_prob(ends) - log_mean_exp(own.log_weights)
-    covered = (mixture.distance(ends) < _FAR) & (excess < _HIGH * limit**0.5)
+    covered = (mixture.distance(ends) < FAR) & (excess < _HIGH * limit**0.5)
     good = (ascent.settled & covered).all(0)
     good &= (spread <= limit) & finds_no_new_mass(own, scouts)
+    good &= torch.isfinite(shares).sum(0) > 1
     cost = spread.clamp(max=MOST_COST).repeat(len(shares))
     return UnitMixture(shares, matched.gaussian.widened(cost)), good
 

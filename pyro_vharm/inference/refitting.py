@@ -84,16 +84,16 @@ type _Mixtures = list[tuple[Tensor, UnitMixture]]
 def _match_mixtures(
     densities: UnitDensities, select: Selector | None, gaussian: UnitGaussian, units: Tensor
 ) -> tuple[_Mixtures, Tensor]:
-    """Mixtures for some of these units, by indices of the units, and the units that are left."""
+    """Mixtures for some of these units, by indices of the units, and which are refused one."""
     size = len(units) if select is None else affordable_units(densities.dim)
-    mixtures, left = [], []
+    mixtures, refused = [], []
     for some in units.split(size):
         part = _Part.of(densities, select, some)
         found, good = match_mixture(part.densities, gaussian.select(part.units))
         kept = good[part.place]
         mixtures.append((some[kept], found.select(part.place[kept])))
-        left.append(some[~kept])
-    return mixtures, torch.cat(left)
+        refused.append(some[~kept])
+    return mixtures, torch.cat(refused)
 
 
 def _joined(start: StartDensity, mixtures: _Mixtures) -> StartDensity:

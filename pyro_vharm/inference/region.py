@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vharm.inference.climbing import Points, climb, draw_scouts
+from pyro_vharm.inference.compass_search import Points, climb, draw_scouts
 from pyro_vharm.inference.coordinates import SinhCoordinates
 from pyro_vharm.inference.matching import match_coordinates
 from pyro_vharm.inference.start import StartDensity

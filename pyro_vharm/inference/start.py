@@ -34,7 +34,8 @@ class StartDensity:
     Where a mixture of Gaussians is given, it takes the place of the one.
 
     Attributes:
-        gaussian: the Gaussian part, and whose coordinates transitions move in.
+        gaussian: the Gaussian part, and whose coordinates transitions move in; only the latter
+            beside a mixture.
         prior_share: ε; guards against a guide that sits on one of several modes. With ε = 1 it is
             the prior alone.
         mixture: a Gaussian for each peak of a posterior that has several.
