@@ -69,6 +69,12 @@ GRID = [
 HARD = {"far modes in 5", "far modes in 20", "correlated in 20", "unequal modes"}
 SLOW = {("auto", "funnel"), ("auto", "far modes in 5"), ("auto", "far modes in 20")}
 SLOW |= {("annealing", "funnel")} | {("classical annealing", planted) for planted in HARD}
+# cheap, and many: the other cases of each method run with every submission
+ALIKE = {"far modes in 5", "correlated in 20", "logistic regression", "beta-binomial"}
+SLOW |= {(method, planted) for method in METHODS if "importance" in method for planted in ALIKE}
+SLOW |= {("sequential", "far modes in 5"), ("sequential", "logistic regression")}
+SLOW |= {("annealing", "far modes in 5"), ("annealing", "logistic regression")}
+SLOW |= {("classical annealing", "logistic regression"), ("classical annealing", "beta-binomial")}
 SLOW |= {
     pair
     for pair in GRID

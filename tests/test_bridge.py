@@ -24,7 +24,7 @@ def evidence_of(case, method=BRIDGE, **options):
     [
         linear_gaussian,
         uniform_binomial,
-        lambda: correlated(20, 0.9),
+        pytest.param(lambda: correlated(20, 0.9), marks=pytest.mark.slow),
         lambda: eight_schools(False),
     ],
     ids=["linear Gaussian", "beta-binomial", "correlated in 20", "eight schools"],

@@ -135,6 +135,7 @@ def test_two_modes_cost_a_gaussian_log_2_and_a_flow_little():
     assert not meets(gaps["flow"], best)
 
 
+@pytest.mark.slow
 def test_a_curved_posterior():
     v = torch.tensor([0.2, 1.0, 3.0])
     exact = on_a_line(v, lambda a: a**2 + 0.3 * a, 1.25**0.5)

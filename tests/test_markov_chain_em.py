@@ -167,7 +167,7 @@ def test_without_an_index_other_data_are_refused():
                 objective.loss(model, guide, V)
 
 
-@pytest.mark.parametrize("kind", [AutoNormal, AutoStructured])
+@pytest.mark.parametrize("kind", [AutoNormal, pytest.param(AutoStructured, marks=pytest.mark.slow)])
 def test_svi_and_a_torch_optimizer_reach_the_maximum(kind):
     v = 2.0 * torch.randn(300)
     exact = float((v.square().mean() - 1).sqrt())

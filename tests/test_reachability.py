@@ -101,7 +101,9 @@ def test_what_was_not_converged_is_told_from_pull(causes):
     assert "never got there" not in told
 
 
-@pytest.mark.parametrize("make", [factor_analysis, sign_symmetric])
+@pytest.mark.parametrize(
+    "make", [pytest.param(factor_analysis, marks=pytest.mark.slow), sign_symmetric]
+)
 def test_pull_of_harmed_models_by_stochastic_training(make):
     case = make(80)
     case.install()

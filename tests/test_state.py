@@ -105,7 +105,14 @@ CALLS = {
         m, (v,), guide=g, learner=QUICK, progress=False
     ),
     "audit": lambda m, g, v: vh.audit(
-        m, g, (v,), heldout=(v[:5],), learner=QUICK, refit=SHORT, progress=False
+        m,
+        g,
+        (v,),
+        heldout=(v[:5],),
+        learner=QUICK,
+        refit=SHORT,
+        num_em_steps=1,
+        progress=False,
     ),
     "reachability": lambda m, g, v: vh.reachability(
         m, g, (v,), reference=moved(m, v), num_steps=3, max_rounds=1, refit=SHORT, progress=False
