@@ -70,8 +70,8 @@ def all_climbs_end_near(
         if select is not None and float(moving.double().mean()) < WORTH_CUTTING:
             kept = moving.flatten().nonzero().flatten()
             unit = units.flatten()[kept]
-            parts = [select(some) for some in unit.split(densities.num_units)]
-            climb = climb.of(parts, kept, kept % units.shape[1])
+            parts = unit.split(densities.num_units)  # a model may know how many units there are
+            climb = climb.of([(select(some), gaussian.select(some)) for some in parts], kept)
             units, moving = unit[None], torch.ones_like(unit[None], dtype=torch.bool)
     elsewhere[units[moving]] = True
     return covered & ~elsewhere
@@ -81,15 +81,14 @@ class _Climb(NamedTuple):
     """Where climbers stand, and how they are to go on.
 
     Attributes:
-        parts: densities that together have the units.
-        gaussian: whose coordinates they move in.
+        parts: densities that together have the units, with the Gaussians whose coordinates the
+            climbers move in.
         at: positions, densities and slopes, ``(climber, unit, …)``.
         radius: the longest that the next step may be, ``(climber, unit)``.
         factor: how many times the slope the next step is long, ``(climber, unit)``.
     """
 
-    parts: Sequence[UnitDensities]
-    gaussian: UnitGaussian
+    parts: Sequence[tuple[UnitDensities, UnitGaussian]]
     at: ScoredDraws
     radius: Tensor
     factor: Tensor
@@ -98,7 +97,7 @@ class _Climb(NamedTuple):
     def begin(cls, densities: UnitDensities, gaussian: UnitGaussian, first: Tensor) -> _Climb:
         at = score_draws(densities, gaussian, first)
         radius = torch.full_like(at.log_joint, first.shape[-1] ** 0.5)
-        return cls([densities], gaussian, at, radius, torch.ones_like(radius))
+        return cls([(densities, gaussian)], at, radius, torch.ones_like(radius))
 
     @property
     def is_level(self) -> Tensor:
@@ -133,25 +132,12 @@ class _Climb(NamedTuple):
         )
 
     def _score(self, whitened: Tensor) -> ScoredDraws:
-        every = torch.arange(whitened.shape[1], device=whitened.device)
-        found = [
-            score_draws(part, self.gaussian.select(columns), whitened[:, columns])
-            for part, columns in zip(
-                self.parts, every.split([part.num_units for part in self.parts]), strict=True
-            )
-        ]
+        columns = whitened.split([densities.num_units for densities, _ in self.parts], 1)
+        found = [score_draws(*part, some) for part, some in zip(self.parts, columns, strict=True)]
         return ScoredDraws(*(torch.cat(fields, 1) for fields in zip(*found, strict=True)))
 
-    def of(self, parts: Sequence[UnitDensities], climbers: Tensor, columns: Tensor) -> _Climb:
-        """Some climbers alone, each as the only one of a unit of its own.
-
-        Args:
-            parts: together with one unit for each of them; each no larger than the batch, as a
-                model may know how many units there are.
-            climbers: which they are, of all in a row.
-            columns: whose Gaussian is theirs.
-        """
-        fields = (field.flatten(0, 1)[None, climbers] for field in self.at)
+    def of(self, parts: Sequence[tuple[UnitDensities, UnitGaussian]], climbers: Tensor) -> _Climb:
+        """Some climbers alone, by their places in a row, each as the only one of a unit."""
+        at = ScoredDraws(*(field.flatten(0, 1)[None, climbers] for field in self.at))
         radius, factor = (field.flatten()[None, climbers] for field in (self.radius, self.factor))
-        gaussian = self.gaussian.select(columns)
-        return _Climb(parts, gaussian, ScoredDraws(*fields), radius, factor)
+        return _Climb(parts, at, radius, factor)

@@ -235,11 +235,12 @@ class HamiltonianMoves:
     def on(self, densities: UnitDensities, start: StartDensity) -> HamiltonianMoves:
         """The same for another batch of the same shape, from a start of the same form."""
         assert start.prior_share == self.start.prior_share, "it is part of the compiled function"
-        assert len(self.layout.pack_start(start)) == len(self.fields), "and so is a mixture"
+        fields = self.layout.pack_start(start)
+        assert len(fields) == len(self.fields), "and so is a mixture"
         return replace(
             self,
             path=replace(self.path, densities=densities, start=start),
-            fields=self.layout.pack_start(start),
+            fields=fields,
             trajectory=self.trajectory.on(densities),
         )
 
